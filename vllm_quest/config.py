@@ -1,0 +1,133 @@
+"""The one configuration object: ``additional_config={"quest": {...}}``, validated once, then frozen."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PAGE_SIZES = (8, 16, 32, 64)
+GROUP_REDUCES = ("max", "mean", "softmax_mean")
+SCORERS = ("minmax",)
+
+
+class QuestConfigError(ValueError):
+    """A wrong entry in ``additional_config['quest']``; names the field and what is allowed."""
+
+    def __init__(self, field: str, problem: str, allowed: str) -> None:
+        where = f"additional_config['quest'].{field}" if field else "additional_config['quest']"
+        super().__init__(f"{where}: {problem}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class QuestConfig:
+    """How decode selects pages.
+
+    Attributes:
+        token_budget: Tokens that one decode step reads per KV head and layer. A multiple of `page_size`, and
+            at least the pages that are always kept.
+        page_size: Tokens per page, the unit that is scored and selected. 8, 16, 32 or 64; divides vLLM's
+            ``block_size`` (what vLLM allocates).
+        dense_layers: The first N layers of the model read everything (QUEST section 4.1 uses 2).
+        sink_pages: First pages of a context that every step reads.
+        recent_pages: Last pages of a context that every step reads, the one being filled included.
+        group_reduce: How the scores of the query heads that share a KV head become one: ``max``, ``mean``, or
+            ``softmax_mean`` (mean over the heads of each head's softmax over its pages).
+        scorer: How a page is scored. ``minmax`` is the upper bound of QUEST, equation 2.
+        min_context: Contexts shorter than this many tokens are decoded densely.
+    """
+
+    token_budget: int = 2048
+    page_size: int = 16
+    dense_layers: int = 2
+    sink_pages: int = 1
+    recent_pages: int = 2
+    group_reduce: str = "max"
+    scorer: str = "minmax"
+    min_context: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_choice("page_size", PAGE_SIZES)
+        self._check_choice("group_reduce", GROUP_REDUCES)
+        self._check_choice("scorer", SCORERS)
+        self._check_count("dense_layers", 0)
+        self._check_count("sink_pages", 0)
+        self._check_count("recent_pages", 1)
+        self._check_count("min_context", 0)
+        self._check_count("token_budget", 1)
+        always = self.sink_pages + self.recent_pages
+        if self.token_budget % self.page_size or self.budget_pages < always:
+            raise QuestConfigError(
+                "token_budget",
+                f"{self.token_budget} does not fit page_size={self.page_size}, sink_pages={self.sink_pages} "
+                f"and recent_pages={self.recent_pages}",
+                f"a multiple of {self.page_size}, at least {always * self.page_size}",
+            )
+
+    @property
+    def budget_pages(self) -> int:
+        """Pages read per (row, KV head), those always kept included."""
+        return self.token_budget // self.page_size
+
+    def is_sparse(self, seq_len: int) -> bool:
+        """Whether a decode row with `seq_len` tokens of context, its own included, selects pages."""
+        return seq_len >= self.min_context and seq_len > self.token_budget
+
+    @classmethod
+    def from_dict(cls, entries: Any) -> QuestConfig:
+        """Builds the configuration from a user's mapping.
+
+        Raises:
+            QuestConfigError: Not a mapping, an unknown key, or a value that is not allowed.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(entries, dict):
+            raise QuestConfigError("", f"{entries!r} is not a mapping", f"a mapping with {', '.join(names)}")
+        for key in entries:
+            if key not in names:
+                guess = difflib.get_close_matches(str(key), names, n=1)
+                hint = f" (did you mean {guess[0]!r}?)" if guess else ""
+                raise QuestConfigError("", f"unknown key {key!r}{hint}", ", ".join(names))
+        return cls(**entries)
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: VllmConfig) -> QuestConfig:
+        """The configuration that this engine was started with; defaults where the user gave none."""
+        additional = vllm_config.additional_config
+        return cls.from_dict(additional.get("quest", {}) if isinstance(additional, dict) else {})
+
+    def _check_choice(self, name: str, allowed: tuple) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or value not in allowed:
+            raise QuestConfigError(name, f"{value!r}", ", ".join(map(str, allowed)))
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise QuestConfigError(name, f"{value!r}", f"an integer, at least {least}")
+
+
+_current: QuestConfig | None = None
+
+
+def current_config() -> QuestConfig:
+    """The configuration of the engine that this process is building.
+
+    vLLM builds a model inside its configuration context and asks the backend for the KV cache spec right
+    afterwards, in the same process but outside that context (0.32, 0.33). So what the context said last holds.
+
+    Raises:
+        RuntimeError: No engine was built in this process yet.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    global _current
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is not None:
+        _current = QuestConfig.from_vllm_config(vllm_config)
+    if _current is None:
+        raise RuntimeError("QUEST has no configuration yet: no vLLM engine was configured in this process")
+    return _current

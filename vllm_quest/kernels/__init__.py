@@ -1,0 +1,11 @@
+"""The four operations of QUEST: `store`, `score_pages`, `select_pages`, `attend_pages`.
+
+`reference` has each in plain torch and is the paper, read from top to bottom; `cpu` has the same four under the
+same names and arguments, compiled. Shapes are written with these letters:
+
+    T   tokens that are stored         B   blocks of the cache
+    R   decode rows (query tokens)     N   tokens per block (vLLM's block_size)
+    Hq  query heads                    P   pages per block, N / page_size
+    H   KV heads                       M   blocks per row of the block table
+    D   head size                      K   pages read per (row, KV head), token_budget / page_size
+"""

@@ -1,0 +1,166 @@
+"""QUEST (arXiv 2406.10774) in plain torch: store, score, select, attend.
+
+Every kernel of this package is compared with these functions. They take strided views, so the order of K inside
+a page does not matter to them. Letters for the shapes: see `vllm_quest.kernels`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["attend_pages", "score_pages", "select_pages", "store"]
+
+NO_PAGE = -1
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    bounds: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Writes K and V of new tokens and the bounds of every page they touch (section 3.2, "page metadata").
+
+    A request fills a page from its first slot on, so the bounds of a touched page are those of its keys from
+    the first slot to the last one written here. Older content of the page, a previous owner's or a rejected
+    draft's, never enters them.
+
+    Args:
+        key: ``[T, H, D]``, the cache's dtype.
+        value: ``[T, H, D]``.
+        key_cache: ``[B, H, N, D]``, written.
+        value_cache: ``[B, H, N, D]``, written.
+        bounds: ``[B, H, P, 2, D]``, kmin and kmax of each page, written.
+        slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped.
+    """
+    block_size, pages_per_block = key_cache.shape[2], bounds.shape[2]
+    page_size = block_size // pages_per_block
+    real = slot_mapping >= 0
+    slots = slot_mapping[real]
+    if slots.numel() == 0:
+        return
+    block, position = slots // block_size, slots % block_size
+    key_cache[block, :, position] = key[real]
+    value_cache[block, :, position] = value[real]
+
+    pages, owner = torch.unique(slots // page_size, return_inverse=True)
+    last = torch.zeros_like(pages).scatter_reduce_(0, owner, slots % page_size, "amax")
+    block, page = pages // pages_per_block, pages % pages_per_block
+    positions = page[:, None] * page_size + torch.arange(page_size)
+    keys = key_cache[block[:, None], :, positions]  # [pages, page_size, H, D]
+    unwritten = (torch.arange(page_size) > last[:, None])[:, :, None, None]
+    bounds[block, :, page, 0] = keys.masked_fill(unwritten, torch.inf).amin(1)
+    bounds[block, :, page, 1] = keys.masked_fill(unwritten, -torch.inf).amax(1)
+
+
+def score_pages(
+    query: torch.Tensor,
+    bounds: torch.Tensor,
+    block_table: torch.Tensor,
+    num_pages: torch.Tensor,
+    scale: float,
+    group_reduce: str,
+) -> torch.Tensor:
+    """An upper bound of q . k over the keys of every page (equation 2), one score per KV head.
+
+    Args:
+        query: ``[R, Hq, D]``; query head h reads KV head ``h // (Hq / H)``.
+        bounds: ``[B, H, P, 2, D]``.
+        block_table: ``[R, M]`` int32, the row's blocks in order.
+        num_pages: ``[R]`` int32, pages in the context of each row.
+        scale: What attention multiplies q . k with; matters to ``softmax_mean`` only.
+        group_reduce: ``max``, ``mean`` or ``softmax_mean`` over the query heads of a KV head.
+
+    Returns:
+        ``[R, H, M * P]`` float32; -inf where the row has no such page.
+    """
+    rows, num_heads, _ = query.shape
+    num_kv_heads, pages_per_block = bounds.shape[1:3]
+    in_context = torch.arange(block_table.shape[1] * pages_per_block) < num_pages[:, None]
+    blocks = block_table.long().where(in_context[:, ::pages_per_block], 0)
+    row_bounds = bounds[blocks].float()  # [R, M, H, P, 2, D]
+    kmin, kmax = row_bounds.movedim(2, 1).flatten(2, 3).unbind(-2)  # each [R, H, M * P, D]
+    q = query.float().view(rows, num_kv_heads, num_heads // num_kv_heads, 1, -1)
+    scores = torch.maximum(q * kmin[:, :, None], q * kmax[:, :, None]).sum(-1)
+    scores = scores.masked_fill(~in_context[:, None, None], -torch.inf)
+    if group_reduce == "max":
+        return scores.amax(2)
+    if group_reduce == "mean":
+        return scores.mean(2)
+    return torch.softmax(scores * scale, -1).mean(2).masked_fill(~in_context[:, None], -torch.inf)
+
+
+def select_pages(
+    page_scores: torch.Tensor,
+    num_pages: torch.Tensor,
+    budget_pages: int,
+    sink_pages: int,
+    recent_pages: int,
+) -> torch.Tensor:
+    """The pages to read: the first and the last ones always, the best scores in between (section 3.3).
+
+    Ties go to the earlier page, so the selection is a function of its inputs.
+
+    Args:
+        page_scores: ``[R, H, pages]`` float32.
+        num_pages: ``[R]`` int32, pages in the context of each row.
+        budget_pages: K, at least ``sink_pages + recent_pages``.
+        sink_pages: First pages that are always kept.
+        recent_pages: Last pages that are always kept.
+
+    Returns:
+        ``[R, H, K]`` int32, ascending page numbers, then -1 where the context has fewer than K pages.
+    """
+    page = torch.arange(page_scores.shape[-1])
+    total = num_pages[:, None]
+    kept = (page < sink_pages) | (page >= total - recent_pages)
+    scores = page_scores.masked_fill(kept[:, None], torch.inf)
+    scores = scores.masked_fill((page >= total)[:, None], -torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :budget_pages]
+    order = torch.nn.functional.pad(order, (0, budget_pages - order.shape[-1]), value=page_scores.shape[-1])
+    missing = order >= total[:, None]
+    order = order.masked_fill(missing, page_scores.shape[-1]).sort(-1).values
+    return order.masked_fill(order >= total[:, None], NO_PAGE).int()
+
+
+def attend_pages(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_indices: torch.Tensor,
+    page_size: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention over the tokens of the selected pages only (section 3.3, "approximate attention").
+
+    Args:
+        query: ``[R, Hq, D]``.
+        key_cache: ``[B, H, N, D]``.
+        value_cache: ``[B, H, N, D]``.
+        block_table: ``[R, M]`` int32.
+        seq_lens: ``[R]`` int32; the last page may be partly filled.
+        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, -1 for none.
+        page_size: Tokens per page.
+        scale: Factor of q . k.
+
+    Returns:
+        ``[R, Hq, D]`` in the query's dtype; computed in float32.
+    """
+    rows, num_heads, head_size = query.shape
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    tokens = page_indices.long()[..., None] * page_size + torch.arange(page_size)
+    visible = (page_indices[..., None] != NO_PAGE) & (tokens < seq_lens[:, None, None, None])
+    tokens = tokens.where(visible, 0).flatten(2)  # [R, H, K * page_size]
+    blocks = block_table.long().gather(1, (tokens // block_size).flatten(1)).view_as(tokens)
+    heads = torch.arange(num_kv_heads)[:, None]
+    keys = key_cache[blocks, heads, tokens % block_size].float()  # [R, H, K * page_size, D]
+    values = value_cache[blocks, heads, tokens % block_size].float()
+    visible = visible.flatten(2)[:, :, None]
+    values = values.masked_fill(~visible.movedim(2, 3), 0)
+    q = query.float().view(rows, num_kv_heads, num_heads // num_kv_heads, head_size)
+    logits = (q @ keys.mT * scale).masked_fill(~visible, -torch.inf)
+    return (torch.softmax(logits, -1) @ values).view_as(query).to(query.dtype)
