@@ -72,10 +72,6 @@ class QuestConfig:
         """Pages read per (row, KV head), those always kept included."""
         return self.token_budget // self.page_size
 
-    def is_sparse(self, seq_len: int) -> bool:
-        """Whether a decode row with `seq_len` tokens of context, its own included, selects pages."""
-        return seq_len >= self.min_context and seq_len > self.token_budget
-
     @classmethod
     def from_dict(cls, entries: Any) -> QuestConfig:
         """Builds the configuration from a user's mapping.
@@ -98,6 +94,30 @@ class QuestConfig:
         """The configuration that this engine was started with; defaults where the user gave none."""
         additional = vllm_config.additional_config
         return cls.from_dict(additional.get("quest", {}) if isinstance(additional, dict) else {})
+
+    def check_engine(self, vllm_config: VllmConfig) -> None:
+        """Refuses an engine that QUEST cannot run, before any process of it starts.
+
+        Raises:
+            ValueError: Says which flag or property of the model is in the way.
+        """
+        model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+        refused = []
+        if model is not None and model.use_mla:
+            refused.append("the model uses MLA, which keeps no K per head for page bounds")
+        if model is not None and model.is_encoder_decoder:
+            refused.append("the model has cross-attention; only decoder self-attention is supported")
+        if cache.cache_dtype != "auto":
+            refused.append(f"--kv-cache-dtype is {cache.cache_dtype}; allowed: auto")
+        if parallel.decode_context_parallel_size > 1:
+            refused.append("--decode-context-parallel-size splits a context over ranks; allowed: 1")
+        if cache.user_specified_block_size and cache.block_size % self.page_size:
+            refused.append(
+                f"--block-size {cache.block_size} is not a multiple of additional_config['quest'].page_size "
+                f"{self.page_size}"
+            )
+        if refused:
+            raise ValueError(f"--attention-backend QUEST cannot run this engine: {'; '.join(refused)}")
 
     def _check_choice(self, name: str, allowed: tuple) -> None:
         value = getattr(self, name)

@@ -14,7 +14,7 @@ def register() -> None:
     from vllm_quest import compat, metrics
 
     compat.register_backend(BACKEND_NAME, BACKEND_PATH)
-    metrics.share_directory()
+    metrics.export()
 
 
 def cpu_platform() -> str | None:

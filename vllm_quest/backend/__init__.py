@@ -1,0 +1,1 @@
+"""vLLM's four classes for QUEST: Backend, Metadata, MetadataBuilder, Impl; one file per device."""

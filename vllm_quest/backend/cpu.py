@@ -1,0 +1,302 @@
+"""QUEST on CPU: vLLM's own CPU attention for dense rows, page selection for decode rows.
+
+Dense rows run vLLM's kernel over the K and V part of the same pages, so that with a budget that covers the
+context the outputs are those of ``CPU_ATTN``, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata, max_decode_query_len
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_quest.backend.layers import LayerPlan
+from vllm_quest.backend.rows import BatchRows, SparseRows, split_rows, token_indices
+from vllm_quest.backend.support import unsupported
+from vllm_quest.config import QuestConfig, current_config
+from vllm_quest.kernels import reference as kernels
+from vllm_quest.layout import PageLayout, PageViews
+from vllm_quest.metrics import CounterFile
+from vllm_quest.registration import BACKEND_NAME
+
+
+class QuestCPUBackend(CPUAttentionBackend):
+    """What QUEST supports on CPU, and the other three classes."""
+
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        """The name under which vLLM selects this backend."""
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[QuestCPUImpl]:
+        """The class that attends."""
+        return QuestCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[QuestCPUMetadataBuilder]:
+        """The class that prepares a step."""
+        return QuestCPUMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Enlarges the KV block by the bounds of its pages."""
+        if spec.state_content_bytes is not None:
+            return spec
+        content = PageLayout.content_size(current_config().page_size, spec.head_size)
+        return replace(spec, state_content_bytes=content * spec.dtype.itemsize)
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoder self-attention only."""
+        return attn_type == "decoder"
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """A decode row sees its whole context, no more."""
+        return False
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Why this backend cannot run a layer; empty where it can."""
+        return [unsupported(reason) for reason in super().validate_configuration(*args, **kwargs)]
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Requests of a mixed batch that vLLM's kernel attends to.
+
+    Attributes:
+        tokens: Their query tokens: a slice where they lie together, else ``[n]`` int64.
+        metadata: vLLM's metadata of these requests alone.
+    """
+
+    tokens: slice | torch.Tensor
+    metadata: CPUAttentionMetadata
+
+
+@dataclass(frozen=True)
+class QuestCPUMetadata:
+    """One step, for all layers of a KV group.
+
+    Attributes:
+        rows: How the batch is cut.
+        whole: vLLM's metadata of the whole batch, for dense layers; None where no layer needs it.
+        dense: The dense rest of the batch, for sparse layers; None where every row is sparse.
+    """
+
+    rows: BatchRows
+    whole: CPUAttentionMetadata | None
+    dense: DenseRows | None
+
+
+class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Decides once per engine which layers are sparse, and once per step which rows are."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.config = QuestConfig.from_vllm_config(vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        self.layout = PageLayout(
+            block_size=self.block_size,
+            page_size=self.config.page_size,
+            head_size=self.head_dim,
+            key_is_channel_major=True,
+        )
+        # Only these two of vLLM's CPU kernels keep K as plain [D, N]; AMX, for one, packs it.
+        self.isa = "vec" if self.head_dim % 32 == 0 else "vec16"
+        self._set_isa_to_layers(layer_names)
+        self.max_query_len = max_decode_query_len(vllm_config)
+        plan = LayerPlan.of(layers, self.config)
+        plan.log(self.config, self.layout, self.dtype, self.num_kv_heads)
+        self.any_dense_layer = bool(plan.dense)
+        counters = CounterFile()
+        for name, layer in layers.items():
+            layer.impl.start(self.config, self.layout, plan.dense.get(name), counters)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> QuestCPUMetadata:
+        """Prepares one step; see the base class."""
+        batch = common_attn_metadata
+        rows = split_rows(batch, self.config, self.block_size, self.max_query_len)
+        needs_whole = rows.sparse is None or self.any_dense_layer
+        return QuestCPUMetadata(
+            rows=rows,
+            whole=super().build(common_prefix_len, batch, fast_build) if needs_whole else None,
+            dense=self._dense_rows(batch, rows) if rows.sparse and len(rows.dense_requests) else None,
+        )
+
+    def _dense_rows(self, batch: CommonAttentionMetadata, rows: BatchRows) -> DenseRows | None:
+        """vLLM's metadata for the requests that are not sparse."""
+        requests = rows.dense_requests
+        starts = batch.query_start_loc_cpu.long()
+        query_lens = starts.diff()
+        lens = query_lens[requests]
+        tokens = token_indices(starts, query_lens, requests)
+        if len(tokens) == 0:
+            return None
+        first, last = int(tokens[0]), int(tokens[-1])
+        part = batch.replace(
+            query_start_loc=torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(),
+            seq_lens=batch.seq_lens[requests],
+            num_reqs=len(requests),
+            num_actual_tokens=len(tokens),
+            max_query_len=int(lens.max()),
+            block_table_tensor=batch.block_table_tensor[requests],
+        )
+        together = last - first + 1 == len(tokens)
+        return DenseRows(slice(first, last + 1) if together else tokens, super().build(0, part))
+
+
+class QuestCPUImpl(CPUAttentionBackendImpl):
+    """Update the cache; then, per layer and step: attend densely, or score, select and attend."""
+
+    config: QuestConfig
+    layout: PageLayout
+    dense_reason: str | None
+    counters: CounterFile
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        current_config()  # remembered for customize_spec, which vLLM calls outside its configuration context
+        unsupported_features = {
+            "ALiBi": self.alibi_slopes is not None,
+            "logits soft cap": bool(self.logits_soft_cap),
+            "attention sinks": self.sinks is not None,
+        }
+        for feature, used in unsupported_features.items():
+            if used:
+                raise ValueError(f"--attention-backend {BACKEND_NAME} cannot run this model: {unsupported(feature)}")
+        self._views: tuple[int, PageViews] | None = None
+
+    def start(
+        self, config: QuestConfig, layout: PageLayout, dense_reason: str | None, counters: CounterFile
+    ) -> None:
+        """Called once by the builder, which owns these decisions.
+
+        Args:
+            config: The engine's configuration.
+            layout: The cut of this layer's blocks.
+            dense_reason: Why this layer is dense, a counter's suffix; None for a sparse layer.
+            counters: The worker's counters.
+        """
+        self.config, self.layout = config, layout
+        self.dense_reason, self.counters = dense_reason, counters
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Stores K, V and, in a sparse layer, the bounds of the touched pages; see the base class."""
+        pages = self._pages(kv_cache)
+        if self.dense_reason:
+            super().do_kv_cache_update(layer, key, value, pages.kv, slot_mapping)
+        else:
+            kernels.store(key, value, pages.key, pages.value, pages.bounds, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: QuestCPUMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends; shapes as in the base class, but for `kv_cache`, which `PageLayout` describes."""
+        if attn_metadata is None:  # vLLM's profiling run
+            return output
+
+        def attend(rows: slice | torch.Tensor, metadata: CPUAttentionMetadata) -> None:
+            target = output[rows]  # a view for a slice, a copy for indices
+            inner = super(QuestCPUImpl, self).forward
+            inner(layer, query[rows], key, value, pages.kv, metadata, target, output_scale, output_block_scale)
+            if isinstance(rows, torch.Tensor):
+                output[rows] = target
+
+        pages = self._pages(kv_cache)
+        rows = attn_metadata.rows
+        self._count(rows)
+        if self.dense_reason or rows.sparse is None:
+            assert attn_metadata.whole is not None
+            attend(slice(None), attn_metadata.whole)
+            return output
+        if attn_metadata.dense is not None:
+            attend(attn_metadata.dense.tokens, attn_metadata.dense.metadata)
+        output[rows.sparse.tokens] = self._attend_sparse(query, pages, rows.sparse)
+        return output
+
+    def _attend_sparse(self, query: torch.Tensor, pages: PageViews, rows: SparseRows) -> torch.Tensor:
+        """Score, select, attend: ``[R, Hq, D]``."""
+        config = self.config
+        query = query[rows.tokens]
+        scores = kernels.score_pages(
+            query, pages.bounds, rows.block_table, rows.num_pages, self.scale, config.group_reduce
+        )
+        page_indices = kernels.select_pages(
+            scores, rows.num_pages, config.budget_pages, config.sink_pages, config.recent_pages
+        )
+        return kernels.attend_pages(
+            query,
+            pages.key,
+            pages.value,
+            rows.block_table,
+            rows.seq_lens,
+            page_indices,
+            config.page_size,
+            self.scale,
+        )
+
+    def _count(self, rows: BatchRows) -> None:
+        add = self.counters.add
+        add("prefill_tokens_dense", rows.num_prefill_tokens)
+        if self.dense_reason:
+            add(f"decode_rows_dense_{self.dense_reason}", rows.num_decode_rows)
+            return
+        sparse = rows.sparse
+        num_sparse = len(sparse.tokens) if sparse else 0
+        add("decode_rows_dense_context", rows.num_decode_rows - num_sparse)
+        if sparse:
+            bytes_per_channel = self.num_kv_heads * self.head_size * 2 * self.dtype_size
+            add("decode_rows_sparse", num_sparse)
+            add("pages_scored", sparse.pages_in_context * self.num_kv_heads)
+            add("pages_read", sparse.pages_read * self.num_kv_heads)
+            add("bytes_read", (sparse.tokens_read + sparse.pages_in_context) * bytes_per_channel)
+            add("bytes_dense", sparse.tokens_in_context * bytes_per_channel)
+
+    def _pages(self, kv_cache: torch.Tensor) -> PageViews:
+        """The views into this layer's cache, which vLLM binds once."""
+        if self._views is None or self._views[0] != kv_cache.data_ptr():
+            self._views = (kv_cache.data_ptr(), self.layout.views(kv_cache))
+            self.dtype_size = kv_cache.element_size()
+        return self._views[1]

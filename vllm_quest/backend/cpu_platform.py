@@ -1,0 +1,63 @@
+"""The CPU platform with one more attention backend to choose.
+
+vLLM's `CpuPlatform` ignores ``attention_backend``; everything else stays whatever platform vLLM itself detected.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.platforms import cpu_platform_plugin
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_quest.config import QuestConfig
+from vllm_quest.registration import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+else:
+    CpuPlatform = resolve_obj_by_qualname(cpu_platform_plugin())
+
+logger = init_logger("vllm.plugins.quest")
+
+
+class QuestCpuPlatform(CpuPlatform):
+    """vLLM's CPU platform; honours ``attention_backend="QUEST"``."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Checks the QUEST configuration where the user can see the error: before any process starts."""
+        super().check_and_update_config(vllm_config)
+        selected = vllm_config.attention_config.backend
+        if selected is not None and selected.name == BACKEND_NAME:
+            QuestConfig.from_vllm_config(vllm_config).check_engine(vllm_config)
+        elif "quest" in (vllm_config.additional_config or {}):
+            logger.warning_once(
+                "additional_config['quest'] has no effect: --attention-backend is %s, not %s",
+                selected.name if selected else "not given",
+                BACKEND_NAME,
+            )
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls,
+        selected_backend: AttentionBackendEnum,
+        attn_selector_config: AttentionSelectorConfig,
+        num_heads: int | None = None,
+    ) -> str:
+        """QUEST where it was selected and fits, an error where it does not fit, else vLLM's own choice.
+
+        Raises:
+            ValueError: QUEST was selected for a layer that it does not support; says why.
+        """
+        if selected_backend is None or selected_backend.name != BACKEND_NAME:
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        backend = selected_backend.get_class()
+        reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise ValueError(f"--attention-backend {BACKEND_NAME} cannot run this model: {'; '.join(reasons)}")
+        return selected_backend.get_path()

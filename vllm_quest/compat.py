@@ -1,0 +1,33 @@
+"""Everything we know about vLLM's versions. Each entry: symptom, what changed upstream, when to delete it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+
+def register_backend(name: str, path: str) -> None:
+    """Registers an attention backend under its own name so that every process of vLLM understands it.
+
+    Symptom: with ``register_backend("QUEST", path)`` alone, a spawned engine process dies with "'path' is not a
+    valid AttentionBackendEnum": enum members are pickled by value, and the value is looked up before plugins
+    load. Upstream: none of 0.32, 0.33 changes that. Delete: when a registered member survives ``pickle`` into a
+    fresh process (tests/test_registration.py starts one).
+    """
+    from vllm.v1.attention.backends import registry
+
+    if name in registry.AttentionBackendEnum.__members__:
+        return
+    registry.register_backend(name, path)
+    member: Any = registry.AttentionBackendEnum[name]
+    member.__reduce_ex__ = lambda protocol: (_registered_member, (name, path))
+
+
+def _registered_member(name: str, path: str) -> AttentionBackendEnum:
+    """What a pickled member becomes in another process: registered there first, then looked up."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register_backend(name, path)
+    return AttentionBackendEnum[name]
