@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 def register_backend(name: str, path: str) -> None:
     """Registers an attention backend under its own name so that every process of vLLM understands it.
 
-    Symptom: with ``register_backend("QUEST", path)`` alone, a spawned engine process dies with "'path' is not a
-    valid AttentionBackendEnum": enum members are pickled by value, and the value is looked up before plugins
-    load. Upstream: none of 0.32, 0.33 changes that. Delete: when a registered member survives ``pickle`` into a
-    fresh process (tests/test_registration.py starts one).
+    Symptom: with vLLM's ``register_backend`` alone, a spawned engine process dies with "'path' is not
+    a valid AttentionBackendEnum": enum members are pickled by value, and the value is looked up before plugins
+    load. Upstream: none of 0.32, 0.33 changes that. Delete: when a registered member survives ``pickle`` into
+    a fresh process (tests/test_registration.py starts one).
     """
     from vllm.v1.attention.backends import registry
 

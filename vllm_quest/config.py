@@ -101,7 +101,7 @@ class QuestConfig:
         Raises:
             ValueError: Says which flag or property of the model is in the way.
         """
-        model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+        model, cache = vllm_config.model_config, vllm_config.cache_config
         refused = []
         if model is not None and model.use_mla:
             refused.append("the model uses MLA, which keeps no K per head for page bounds")
@@ -109,7 +109,7 @@ class QuestConfig:
             refused.append("the model has cross-attention; only decoder self-attention is supported")
         if cache.cache_dtype != "auto":
             refused.append(f"--kv-cache-dtype is {cache.cache_dtype}; allowed: auto")
-        if parallel.decode_context_parallel_size > 1:
+        if vllm_config.parallel_config.decode_context_parallel_size > 1:
             refused.append("--decode-context-parallel-size splits a context over ranks; allowed: 1")
         if cache.user_specified_block_size and cache.block_size % self.page_size:
             refused.append(
@@ -137,7 +137,7 @@ def current_config() -> QuestConfig:
     """The configuration of the engine that this process is building.
 
     vLLM builds a model inside its configuration context and asks the backend for the KV cache spec right
-    afterwards, in the same process but outside that context (0.32, 0.33). So what the context said last holds.
+    afterwards, in the same process but outside that context (0.32, 0.33). So the last one holds.
 
     Raises:
         RuntimeError: No engine was built in this process yet.

@@ -1,7 +1,8 @@
 """Proof of activity: counters that the workers write and any process of the same vLLM instance can read.
 
-Each worker owns one small file of int64 counters in a directory whose name it inherits through the environment.
-Reading is adding up files, so the API server (Prometheus) and an offline caller need no message to the workers.
+Each worker owns one small file of int64 counters in a directory whose name it inherits through the
+environment. Reading is adding up files, so the API server (Prometheus) and an offline caller
+need no message to the workers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily
 
-DIRECTORY_VARIABLE = "VLLM_QUEST_METRICS_DIR"
+DIRECTORY_VARIABLE = "QUEST_METRICS_DIR"
 
 
 class Counter(NamedTuple):
@@ -38,7 +39,7 @@ COUNTERS = (
     Counter("decode_rows_dense_context", "decode_rows", {"mode": "dense", "reason": "context"}, _ROWS),
     Counter("decode_rows_dense_layer", "decode_rows", {"mode": "dense", "reason": "dense_layers"}, _ROWS),
     Counter("decode_rows_dense_window", "decode_rows", {"mode": "dense", "reason": "sliding_window"}, _ROWS),
-    Counter("prefill_tokens_dense", "prefill_tokens", {}, "Prefill tokens (x layer), always attended densely."),
+    Counter("prefill_tokens_dense", "prefill_tokens", {}, "Prefill tokens (x layer), always dense."),
     Counter("pages_scored", "pages_scored", {}, "Pages whose bounds sparse rows read (x KV head x layer)."),
     Counter("pages_read", "pages_read", {}, "Pages whose K and V sparse rows read (x KV head x layer)."),
     Counter("bytes_read", "bytes_read", {}, "Bytes of K, V and bounds that sparse rows read."),
@@ -84,9 +85,8 @@ class CounterFile:
         directory = _directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = directory / f"{os.getpid()}.int64"
-        size = (len(COUNTERS),)
-        mode = "r+" if self.path.exists() else "w+"
-        self._values = np.memmap(self.path, dtype=np.int64, mode=mode, shape=size)
+        exists = self.path.exists()  # two engines in one process share the file
+        self._values = np.memmap(self.path, np.int64, "r+" if exists else "w+", shape=(len(COUNTERS),))
 
     def add(self, key: str, amount: int) -> None:
         """Adds `amount` to the counter `key`."""
@@ -109,7 +109,7 @@ def read_counters() -> dict[str, int]:
 
 
 class QuestCollector:
-    """Exports the counters as ``vllm_quest:*_total``, read when Prometheus asks; nothing without a QUEST worker.
+    """Exports the counters as ``vllm_quest:*_total``; nothing where no QUEST worker runs.
 
     vLLM's servers with ``--api-server-count`` above 1 collect from files of prometheus_client only and do not
     ask this collector; `read_counters` works there too.

@@ -7,6 +7,7 @@ context the outputs are those of ``CPU_ATTN``, bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_quest.backend.layers import LayerPlan
 from vllm_quest.backend.rows import BatchRows, SparseRows, split_rows, token_indices
-from vllm_quest.backend.support import unsupported
+from vllm_quest.backend.support import explain, refusal
 from vllm_quest.config import QuestConfig, current_config
 from vllm_quest.kernels import reference as kernels
 from vllm_quest.layout import PageLayout, PageViews
@@ -72,7 +73,7 @@ class QuestCPUBackend(CPUAttentionBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Why this backend cannot run a layer; empty where it can."""
-        return [unsupported(reason) for reason in super().validate_configuration(*args, **kwargs)]
+        return [explain(reason) for reason in super().validate_configuration(*args, **kwargs)]
 
 
 @dataclass(frozen=True)
@@ -182,14 +183,13 @@ class QuestCPUImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         current_config()  # remembered for customize_spec, which vLLM calls outside its configuration context
-        unsupported_features = {
+        unsupported = {
             "ALiBi": self.alibi_slopes is not None,
             "logits soft cap": bool(self.logits_soft_cap),
             "attention sinks": self.sinks is not None,
         }
-        for feature, used in unsupported_features.items():
-            if used:
-                raise ValueError(f"--attention-backend {BACKEND_NAME} cannot run this model: {unsupported(feature)}")
+        if any(unsupported.values()):
+            raise refusal([explain(feature) for feature, used in unsupported.items() if used])
         self._views: tuple[int, PageViews] | None = None
 
     def start(
@@ -237,22 +237,25 @@ class QuestCPUImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # vLLM's profiling run
             return output
 
-        def attend(rows: slice | torch.Tensor, metadata: CPUAttentionMetadata) -> None:
-            target = output[rows]  # a view for a slice, a copy for indices
-            inner = super(QuestCPUImpl, self).forward
-            inner(layer, query[rows], key, value, pages.kv, metadata, target, output_scale, output_block_scale)
-            if isinstance(rows, torch.Tensor):
-                output[rows] = target
+        attend = partial(
+            super().forward, layer, output_scale=output_scale, output_block_scale=output_block_scale
+        )
+
+        def attend_dense(tokens: slice | torch.Tensor, metadata: CPUAttentionMetadata) -> None:
+            target = output[tokens]  # a view for a slice, a copy for indices
+            attend(query[tokens], key, value, pages.kv, metadata, target)
+            if isinstance(tokens, torch.Tensor):
+                output[tokens] = target
 
         pages = self._pages(kv_cache)
         rows = attn_metadata.rows
         self._count(rows)
         if self.dense_reason or rows.sparse is None:
             assert attn_metadata.whole is not None
-            attend(slice(None), attn_metadata.whole)
+            attend_dense(slice(None), attn_metadata.whole)
             return output
         if attn_metadata.dense is not None:
-            attend(attn_metadata.dense.tokens, attn_metadata.dense.metadata)
+            attend_dense(attn_metadata.dense.tokens, attn_metadata.dense.metadata)
         output[rows.sparse.tokens] = self._attend_sparse(query, pages, rows.sparse)
         return output
 

@@ -1,6 +1,6 @@
 """The CPU platform with one more attention backend to choose.
 
-vLLM's `CpuPlatform` ignores ``attention_backend``; everything else stays whatever platform vLLM itself detected.
+vLLM's `CpuPlatform` ignores ``attention_backend``; everything else stays as vLLM detected it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from vllm_quest.backend.support import refusal
 from vllm_quest.config import QuestConfig
 from vllm_quest.registration import BACKEND_NAME
 
@@ -59,5 +60,5 @@ class QuestCpuPlatform(CpuPlatform):
         backend = selected_backend.get_class()
         reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:
-            raise ValueError(f"--attention-backend {BACKEND_NAME} cannot run this model: {'; '.join(reasons)}")
+            raise refusal(reasons)
         return selected_backend.get_path()

@@ -1,7 +1,7 @@
 """QUEST (arXiv 2406.10774) in plain torch: store, score, select, attend.
 
-Every kernel of this package is compared with these functions. They take strided views, so the order of K inside
-a page does not matter to them. Letters for the shapes: see `vllm_quest.kernels`.
+Every kernel of this package is compared with these functions. They take strided views, so the order of K
+inside a page does not matter to them. Letters for the shapes: see `vllm_quest.kernels`.
 """
 
 from __future__ import annotations

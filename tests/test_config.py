@@ -1,0 +1,65 @@
+"""Every wrong entry is one clear error that names the field and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from vllm_quest.config import QuestConfig, QuestConfigError
+
+
+def test_defaults_are_valid_and_frozen() -> None:
+    config = QuestConfig.from_dict({})
+    assert config == QuestConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.page_size = 8  # type: ignore[misc]
+
+
+def test_every_field_can_be_set() -> None:
+    entries = {
+        "token_budget": 512,
+        "page_size": 8,
+        "dense_layers": 0,
+        "sink_pages": 2,
+        "recent_pages": 1,
+        "group_reduce": "softmax_mean",
+        "scorer": "minmax",
+        "min_context": 4096,
+    }
+    assert dataclasses.asdict(QuestConfig.from_dict(entries)) == entries
+    assert set(entries) == {field.name for field in dataclasses.fields(QuestConfig)}
+    assert QuestConfig.from_dict(entries).budget_pages == 64
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"page_size": 24}, ["page_size", "24", "8, 16, 32, 64"]),
+        ({"page_size": "16"}, ["page_size", "'16'", "8, 16, 32, 64"]),
+        ({"page_size": True}, ["page_size", "True"]),
+        ({"token_budget": 0}, ["token_budget", "0", "at least 1"]),
+        ({"token_budget": 1024.0}, ["token_budget", "1024.0", "an integer"]),
+        ({"token_budget": None}, ["token_budget", "None", "an integer"]),
+        ({"token_budget": 1000}, ["token_budget", "1000", "multiple of 16"]),
+        ({"token_budget": 32}, ["token_budget", "32", "at least 48", "sink_pages=1", "recent_pages=2"]),
+        ({"token_budget": 64, "sink_pages": 4}, ["token_budget", "at least 96"]),
+        ({"dense_layers": -1}, ["dense_layers", "-1", "at least 0"]),
+        ({"dense_layers": False}, ["dense_layers", "False"]),
+        ({"sink_pages": -2}, ["sink_pages", "-2"]),
+        ({"recent_pages": 0}, ["recent_pages", "0", "at least 1"]),
+        ({"min_context": "4k"}, ["min_context", "'4k'"]),
+        ({"group_reduce": "sum"}, ["group_reduce", "'sum'", "max, mean, softmax_mean"]),
+        ({"scorer": "mean"}, ["scorer", "'mean'", "minmax"]),
+        ({"token_bugdet": 512}, ["unknown key 'token_bugdet'", "did you mean 'token_budget'", "page_size"]),
+        ({7: 1}, ["unknown key 7"]),
+        ([("page_size", 8)], ["not a mapping"]),
+        ("fast", ["'fast'", "not a mapping"]),
+    ],
+)
+def test_wrong_entries_name_the_field_and_what_is_allowed(entries, words) -> None:
+    with pytest.raises(QuestConfigError) as error:
+        QuestConfig.from_dict(entries)
+    assert str(error.value).startswith("additional_config['quest']")
+    for word in words:
+        assert word in str(error.value)
