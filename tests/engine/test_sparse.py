@@ -104,7 +104,7 @@ def test_engine_reads_the_pages_that_its_keys_ask_for(engine, prose, page_size) 
     Blocks are reused (few of them, several requests before), prompts are chunked and a prefix is cached.
     """
     quest = {"token_budget": 256, "page_size": page_size, "dense_layers": 0}
-    llm = engine(quest, max_num_batched_tokens=200, num_gpu_blocks_override=12)
+    llm = engine(quest, max_num_batched_tokens=200, num_gpu_blocks_override=12, max_model_len=1280)
     generate(llm, [prose[5000:5700], prose[6000:6400]])
     generate(llm, [prose[:600]])
     checked = []
@@ -140,9 +140,14 @@ def check_step(query, bounds, block_table, num_pages, scores, key_cache, seq_len
         assert len(starts) == num_pages[row] <= block_table.shape[1] * per_block
         for head in range(KV_HEADS):
             q = query[row, head * group : (head + 1) * group].double().numpy()
-            low, high = stored[: len(starts), head, 0].astype(float), stored[: len(starts), head, 1].astype(float)
+            low, high = (
+                stored[: len(starts), head, 0].astype(float),
+                stored[: len(starts), head, 1].astype(float),
+            )
             best = np.maximum(q[:, None] * low, q[:, None] * high).sum(-1).max(0)
-            np.testing.assert_allclose(scores[row, head, : len(starts)].numpy(), best, rtol=1e-4)
+            np.testing.assert_allclose(
+                scores[row, head, : len(starts)].numpy(), best, rtol=1e-4, atol=1e-5 * best.max()
+            )
             chosen = [page for page in pages[row, head].tolist() if page >= 0]
             forced = {0, len(starts) - 2, len(starts) - 1}
             assert len(chosen) == 256 // size
