@@ -1,0 +1,102 @@
+"""The compiled CPU operations against the reference: dtypes, page sizes, groups, head sizes, odd lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.cache import PagedCache
+from vllm_quest.kernels import cpu, reference
+
+# dtype, block size, page size, head size, KV heads, group. A line compiles four kernels, so every value appears
+# once or twice and not every combination.
+CONFIGURATIONS = [
+    (torch.float32, 32, 16, 128, 2, 4),
+    (torch.bfloat16, 32, 8, 64, 3, 3),
+    (torch.float16, 64, 32, 80, 1, 16),
+    (torch.bfloat16, 64, 64, 256, 2, 8),
+    (torch.float32, 128, 16, 96, 1, 1),
+    (torch.float16, 32, 8, 112, 1, 4),
+]
+LENGTHS = [577, 1, 17, 63]
+# Outputs differ by the order of float32 sums and one rounding to the output's dtype.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.fixture(params=CONFIGURATIONS, ids=lambda c: f"{str(c[0])[6:]}-{c[1]}-{c[2]}-{c[3]}-{c[4]}x{c[5]}")
+def case(request):
+    """A cache with four requests in scattered blocks, everything unwritten NaN; their rows; a query."""
+    dtype, block_size, page_size, head_size, heads, group = request.param
+    cache = PagedCache(
+        num_blocks=40,
+        num_kv_heads=heads,
+        block_size=block_size,
+        page_size=page_size,
+        head_size=head_size,
+        dtype=dtype,
+    )
+    requests = [cache.new_request() for _ in LENGTHS]
+    # Prefill in two chunks, the first of which ends inside a page, and one decode token.
+    cache.append(cpu.store, {r: n // 2 for r, n in zip(requests, LENGTHS, strict=True)}, padding=2)
+    cache.append(cpu.store, {r: n - n // 2 - 1 for r, n in zip(requests, LENGTHS, strict=True)})
+    cache.append(cpu.store, dict.fromkeys(requests, 1), padding=1)
+    query = torch.from_numpy(cache.rng.standard_normal((len(LENGTHS), heads * group, head_size))).to(dtype)
+    return cache, cache.rows(requests), query
+
+
+def test_store_writes_what_the_reference_writes(case) -> None:
+    cache, _, _ = case
+    expected = torch.full_like(cache.cache, torch.nan)
+    pages = cache.layout.views(expected)
+    heads, head_size, size = cache.cache.shape[1], cache.layout.head_size, cache.layout.block_size
+    for context in cache.requests.values():
+        position = torch.arange(len(context.keys))
+        slots = torch.tensor(context.blocks)[position // size] * size + position % size
+        key, value = (
+            torch.tensor([t.tolist() for t in tokens]).view(-1, heads, head_size).to(expected.dtype)
+            for tokens in (context.keys, context.values)
+        )
+        reference.store(key, value, pages.key, pages.value, pages.bounds, slots)
+    torch.testing.assert_close(cache.cache, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean", "softmax_mean"])
+def test_scores_are_the_references(case, reduce) -> None:
+    cache, (table, _, num_pages), query = case
+    if reduce != "max" and cache.layout.head_size not in (80, 128):
+        pytest.skip("compiled for two configurations only")
+    arguments = (query, cache.pages.bounds, table, num_pages, 0.3, reduce)
+    torch.testing.assert_close(
+        cpu.score_pages(*arguments), reference.score_pages(*arguments), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("budget", [3, 7, 200])
+def test_attention_is_the_references(case, budget) -> None:
+    cache, (table, seq_lens, num_pages), query = case
+    size, scale = cache.layout.page_size, cache.layout.head_size**-0.5
+    scores = reference.score_pages(query, cache.pages.bounds, table, num_pages, scale, "max")
+    indices = reference.select_pages(scores, num_pages, budget, 1, 2)
+    assert torch.equal(cpu.select_pages(scores, num_pages, budget, 1, 2), indices)
+    arguments = (query, cache.pages.key, cache.pages.value, table, seq_lens, indices, size, scale)
+    out = cpu.attend_pages(*arguments)
+    expected = reference.attend_pages(*arguments)
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE[query.dtype], atol=TOLERANCE[query.dtype])
+
+
+def test_attention_over_every_page_is_dense(case) -> None:
+    cache, (table, seq_lens, num_pages), query = case
+    heads, size = cache.cache.shape[1], cache.layout.page_size
+    indices = torch.arange(int(num_pages.max()), dtype=torch.int32).repeat(len(query), heads, 1)
+    indices = indices.where(indices < num_pages[:, None, None], -1)
+    out = cpu.attend_pages(query, cache.pages.key, cache.pages.value, table, seq_lens, indices, size, 0.2)
+    for row, context in enumerate(cache.requests.values()):
+        keys, values = (
+            torch.tensor([t.tolist() for t in tokens]).view(len(context.keys), heads, -1).movedim(1, 0)
+            for tokens in (context.keys, context.values)
+        )
+        queries = query[row].float().view(heads, -1, query.shape[2])
+        expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=0.2)
+        torch.testing.assert_close(
+            out[row], expected.flatten(0, 1).to(query.dtype), rtol=TOLERANCE[query.dtype], atol=2e-6
+        )

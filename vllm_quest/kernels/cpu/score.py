@@ -1,0 +1,196 @@
+"""`score_pages`, compiled: reads each page's bounds where they lie, once for all query heads of a KV head."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from vllm_quest.kernels.cpu.launch import (
+    INSTRUCTIONS,
+    KERNEL_OPTIONS,
+    check_floating,
+    check_head_size,
+    check_rows,
+    new_counter,
+    require,
+    use_torch_threads,
+)
+from vllm_quest.kernels.cpu.memory import advance, get, load, next_item, pointer, put, stack, store
+from vllm_quest.kernels.cpu.simd import (
+    add,
+    exp2,
+    max_lane,
+    maximum,
+    minimum,
+    multiply,
+    multiply_add_rows,
+    put_row_sums,
+    splat,
+    subtract,
+    sum_tile,
+    zeros,
+)
+
+__all__ = ["score_pages"]
+
+LANES = 16
+CHUNK_PAGES = 128  # what one thread takes at a time
+LOG2_E = 1.4426950408889634
+GROUP_REDUCES = ("max", "mean", "softmax_mean")
+
+
+@cache
+def score_kernel(dtype: str, query_dtype: str, head_size: int, group: int, pages_per_block: int, reduce: str):
+    """The kernel of one configuration; `group` query heads share a KV head."""
+    build = INSTRUCTIONS
+    query_size = group * head_size
+    by_head = reduce == "softmax_mean"
+    take_mean = reduce == "mean"
+
+    @njit(**KERNEL_OPTIONS)
+    def kernel(
+        threads, counter, query, query_row, query_head, bounds, bounds_block, bounds_head, block_table,
+        table_row, num_pages, out, width, rows, kv_heads, chunks, chunk_blocks,
+    ):  # fmt: skip
+        build  # noqa: B018
+        for _ in prange(threads):
+            positive, negative = stack("float32", query_size), stack("float32", query_size)
+            sums = stack("float32", group)
+            while True:
+                item = next_item(pointer(counter, "int64"))
+                row, head, chunk = item // (kv_heads * chunks), item // chunks % kv_heads, item % chunks
+                if row >= rows:
+                    break
+                pages = get(pointer(num_pages, "int32"), row)
+                first_page = chunk * chunk_blocks * pages_per_block
+                if first_page >= pages:
+                    continue
+                # max(q * kmin, q * kmax) is q * kmax where q > 0 and q * kmin where q < 0.
+                for g in range(group):
+                    source = row * query_row + (head * group + g) * query_head
+                    for channel in range(0, head_size, LANES):
+                        q = load(advance(pointer(query, query_dtype), source + channel), LANES)
+                        nothing = splat(np.float32(0), LANES)
+                        store(advance(positive, g * head_size + channel), 0, maximum(q, nothing))
+                        store(advance(negative, g * head_size + channel), 0, minimum(q, nothing))
+                scores = advance(pointer(out, "float32"), (row * kv_heads + head) * width)
+                for page in range(first_page, min(pages, first_page + chunk_blocks * pages_per_block)):
+                    block = get(pointer(block_table, "int32"), row * table_row + page // pages_per_block)
+                    place = block * bounds_block + head * bounds_head + page % pages_per_block * 2 * head_size
+                    kmin = advance(pointer(bounds, dtype), place)
+                    kmax = advance(kmin, head_size)
+                    tile = zeros(group, 1, LANES)
+                    for channel in range(0, head_size, LANES):
+                        low, high = load(advance(kmin, channel), LANES), load(advance(kmax, channel), LANES)
+                        tile = multiply_add_rows(tile, advance(negative, channel), head_size, low)
+                        tile = multiply_add_rows(tile, advance(positive, channel), head_size, high)
+                    put_row_sums(sums, tile)
+                    if by_head:
+                        for g in range(group):
+                            place = ((row * kv_heads + head) * group + g) * width + page
+                            put(pointer(out, "float32"), place, get(sums, g))
+                        continue
+                    score = get(sums, 0)
+                    for g in range(1, group):
+                        score = score + get(sums, g) if take_mean else max(score, get(sums, g))
+                    put(scores, page, score / np.float32(group) if take_mean else score)
+
+    return kernel
+
+
+@cache
+def softmax_mean_kernel(group: int):
+    """Turns scores of query heads, ``[R, Hq, width]``, into scores of KV heads, ``[R, H, pages]``."""
+    build = INSTRUCTIONS
+
+    @njit(**KERNEL_OPTIONS)
+    def kernel(threads, counter, by_head, width, num_pages, out, out_width, rows, kv_heads, scale_log2):
+        build  # noqa: B018
+        for _ in prange(threads):
+            while True:
+                item = next_item(pointer(counter, "int64"))
+                if item >= rows * kv_heads:
+                    break
+                pages = get(pointer(num_pages, "int32"), item // kv_heads)
+                scores = advance(pointer(out, "float32"), item * out_width)
+                scale = splat(np.float32(scale_log2), LANES)
+                for g in range(group):
+                    logits = advance(pointer(by_head, "float32"), (item * group + g) * width)
+                    # Both scratch rows end at a whole number of vectors; what is beyond the pages is -inf.
+                    top = splat(np.float32(-np.inf), LANES)
+                    for page in range(0, pages, LANES):
+                        top = maximum(top, multiply(load(advance(logits, page), LANES), scale))
+                    top = splat(max_lane(top), LANES)
+                    total = splat(np.float32(0), LANES)
+                    for page in range(0, pages, LANES):
+                        power = exp2(subtract(multiply(load(advance(logits, page), LANES), scale), top))
+                        store(advance(logits, page), 0, power)
+                        total = add(total, power)
+                    share = np.float32(1) / (sum_tile(total) * np.float32(group))
+                    for page in range(pages):
+                        before = get(scores, page) if g else np.float32(0)
+                        put(scores, page, before + get(logits, page) * share)
+
+    return kernel
+
+
+def score_pages(
+    query: torch.Tensor,
+    bounds: torch.Tensor,
+    block_table: torch.Tensor,
+    num_pages: torch.Tensor,
+    scale: float,
+    group_reduce: str,
+) -> torch.Tensor:
+    """An upper bound of q . k over the keys of every page (equation 2), one score per KV head.
+
+    Args:
+        query: ``[R, Hq, D]`` float32, bfloat16 or float16; query head h reads KV head ``h // (Hq / H)``.
+        bounds: ``[B, H, P, 2, D]``, each ``[P, 2, D]`` contiguous.
+        block_table: ``[R, M]`` int32, the row's blocks in order.
+        num_pages: ``[R]`` int32, pages in the context of each row, at most ``M * P``.
+        scale: What attention multiplies q . k with; matters to ``softmax_mean`` only.
+        group_reduce: ``max``, ``mean`` or ``softmax_mean`` over the query heads of a KV head.
+
+    Returns:
+        ``[R, H, M * P]`` float32; -inf where the row has no such page.
+    """
+    query_dtype, dtype = check_floating("query", query, 3), check_floating("bounds", bounds, 5)
+    rows, num_heads, head_size = query.shape
+    kv_heads, pages_per_block = bounds.shape[1:3]
+    check_head_size(head_size)
+    check_rows("block_table", block_table, torch.int32, rows)
+    check_rows("num_pages", num_pages, torch.int32, rows)
+    require(query.stride(2) == 1, "query", f"expected contiguous heads, got strides {query.stride()}")
+    require(num_heads % kv_heads == 0, "query", f"{num_heads} heads are no multiple of {kv_heads} KV heads")
+    require(
+        bounds.shape[3:] == (2, head_size) and bounds.stride()[2:] == (2 * head_size, head_size, 1),
+        "bounds",
+        f"expected [B, H, P, 2, {head_size}] with contiguous [P, 2, D], got {tuple(bounds.shape)} with "
+        f"strides {bounds.stride()}",
+    )
+    require(group_reduce in GROUP_REDUCES, "group_reduce", f"{group_reduce!r} is none of {GROUP_REDUCES}")
+    group, pages = num_heads // kv_heads, block_table.shape[1] * pages_per_block
+    kernel = score_kernel(dtype, query_dtype, head_size, group, pages_per_block, group_reduce)
+    scores = torch.full((rows, kv_heads, pages), -torch.inf, dtype=torch.float32)
+    target = scores
+    if group_reduce == "softmax_mean":
+        target = torch.full((rows, num_heads, -(-pages // LANES) * LANES), -torch.inf, dtype=torch.float32)
+    threads, counter = use_torch_threads(), new_counter()
+    chunk_blocks = max(1, CHUNK_PAGES // pages_per_block)
+    kernel(
+        threads, counter.ctypes.data, query.data_ptr(), query.stride(0), query.stride(1),
+        bounds.data_ptr(), bounds.stride(0), bounds.stride(1), block_table.data_ptr(), block_table.stride(0),
+        num_pages.data_ptr(), target.data_ptr(), target.shape[2], rows, kv_heads,
+        -(-block_table.shape[1] // chunk_blocks), chunk_blocks,
+    )  # fmt: skip
+    if group_reduce == "softmax_mean":
+        counter = new_counter()
+        softmax_mean_kernel(group)(
+            threads, counter.ctypes.data, target.data_ptr(), target.shape[2], num_pages.data_ptr(),
+            scores.data_ptr(), pages, rows, kv_heads, scale * LOG2_E,
+        )  # fmt: skip
+    return scores

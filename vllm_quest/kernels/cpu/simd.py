@@ -1,0 +1,224 @@
+"""The vector arithmetic that the CPU kernels are written in, as numba intrinsics.
+
+Every function takes and returns tiles of float32 in registers (`elements.Tile`). Sizes are compile-time
+constants and loops over them are unrolled here: nothing is left to the vectorizer's judgement.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from vllm_quest.kernels.cpu.elements import (
+    F32,
+    I32,
+    Pointer,
+    Tile,
+    addresses,
+    constant,
+    join,
+    read,
+    splat_vector,
+    split,
+)
+
+REASSOCIATE = ("reassoc", "contract", "nsz")
+
+
+def call(builder, name: str, result, args, flags=()):
+    """Calls the LLVM intrinsic `name`, overloaded on its last argument's vector type."""
+    signature = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(
+        builder.module, signature, f"llvm.{name}.v{args[-1].type.count}f32"
+    )
+    return builder.call(function, args, fastmath=flags)
+
+
+@intrinsic
+def zeros(typingctx, rows, cols, lanes):
+    result = Tile(constant(rows), constant(cols), constant(lanes))
+    return result(rows, cols, lanes), lambda context, builder, sig, args: ir.Constant(
+        context.get_value_type(result), None
+    )
+
+
+@intrinsic
+def splat(typingctx, value, lanes):
+    """The value in every lane of one vector."""
+    result = Tile(1, 1, constant(lanes))
+    return result(types.float32, lanes), lambda context, builder, sig, args: join(
+        builder, [splat_vector(builder, args[0], result.lanes)]
+    )
+
+
+def elementwise(combine):
+    """An intrinsic that applies `combine(builder, a, b)` to each pair of vectors of two tiles."""
+
+    def typed(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            pairs = zip(split(builder, args[0]), split(builder, args[1]), strict=True)
+            return join(builder, [combine(builder, left, right) for left, right in pairs])
+
+        return a(a, a), codegen
+
+    return intrinsic(typed)
+
+
+add = elementwise(lambda builder, a, b: builder.fadd(a, b))
+subtract = elementwise(lambda builder, a, b: builder.fsub(a, b))
+multiply = elementwise(lambda builder, a, b: builder.fmul(a, b))
+maximum = elementwise(lambda builder, a, b: call(builder, "maxnum", a.type, [a, b], ("nsz",)))
+minimum = elementwise(lambda builder, a, b: call(builder, "minnum", a.type, [a, b], ("nsz",)))
+
+
+@intrinsic
+def multiply_add_outer(typingctx, tile, column, column_stride, row):
+    """``tile[i, j] + column[i * column_stride] * row[j]``: one step of a matrix product.
+
+    `column` points at float32 scalars, `row` at ``cols * lanes`` consecutive elements of any dtype.
+    """
+
+    def codegen(context, builder, sig, args):
+        vectors = split(builder, args[0])
+        single_row = Tile(1, tile.cols, tile.lanes)
+        right = [
+            read(builder, address, row.dtype, tile.lanes)
+            for address in addresses(builder, args[3], args[2], single_row)
+        ]
+        for i in range(tile.rows):
+            scalar = builder.load(builder.gep(args[1], [builder.mul(args[2], args[2].type(i))]))
+            left = splat_vector(builder, scalar, tile.lanes)
+            for j in range(tile.cols):
+                at = i * tile.cols + j
+                vectors[at] = call(builder, "fma", left.type, [left, right[j], vectors[at]])
+        return join(builder, vectors)
+
+    return tile(tile, Pointer("float32"), types.int64, row), codegen
+
+
+@intrinsic
+def multiply_add_rows(typingctx, tile, rows, row_stride, vector):
+    """``tile[i] + rows[i] * vector``, lane by lane, for a tile of one column; `rows` points at float32."""
+
+    def codegen(context, builder, sig, args):
+        (right,) = split(builder, args[3])
+        vectors = [
+            call(builder, "fma", right.type, [read(builder, address, "float32", tile.lanes), right, old])
+            for address, old in zip(
+                addresses(builder, args[1], args[2], tile), split(builder, args[0]), strict=True
+            )
+        ]
+        return join(builder, vectors)
+
+    return tile(tile, Pointer("float32"), types.int64, vector), codegen
+
+
+def largest_or_smallest(name: str):
+    """An intrinsic that reduces one vector to a float32."""
+
+    def typed(typingctx, vector):
+        return types.float32(vector), lambda context, builder, sig, args: call(
+            builder, f"vector.reduce.{name}", F32, split(builder, args[0]), ("nsz",)
+        )
+
+    return intrinsic(typed)
+
+
+max_lane = largest_or_smallest("fmax")
+min_lane = largest_or_smallest("fmin")
+
+
+@intrinsic
+def sum_tile(typingctx, tile):
+    """The sum of everything in a tile, float32."""
+
+    def codegen(context, builder, sig, args):
+        first, *rest = split(builder, args[0])
+        for vector in rest:
+            first = builder.fadd(first, vector)
+        return call(builder, "vector.reduce.fadd", F32, [F32(-0.0), first], REASSOCIATE)
+
+    return types.float32(tile), codegen
+
+
+@intrinsic
+def put_row_sums(typingctx, ptr, tile):
+    """Writes the sum of each row of a tile of one column to consecutive float32."""
+
+    def codegen(context, builder, sig, args):
+        for i, vector in enumerate(split(builder, args[1])):
+            total = call(builder, "vector.reduce.fadd", F32, [F32(-0.0), vector], REASSOCIATE)
+            builder.store(total, builder.gep(args[0], [I32(i)]))
+        return context.get_dummy_value()
+
+    return types.void(Pointer("float32"), tile), codegen
+
+
+@intrinsic
+def at_least(typingctx, tile, threshold):
+    """1 in the lanes that reach the threshold, 0 in the others."""
+
+    def codegen(context, builder, sig, args):
+        limit = splat_vector(builder, args[1], tile.lanes)
+        one, zero = limit.type([1.0] * tile.lanes), limit.type([0.0] * tile.lanes)
+        return join(
+            builder,
+            [
+                builder.select(builder.fcmp_ordered(">=", vector, limit), one, zero)
+                for vector in split(builder, args[0])
+            ],
+        )
+
+    return tile(tile, types.float32), codegen
+
+
+@intrinsic
+def float_of_bits(typingctx, bits):
+    """The float32 with these 32 bits."""
+    return types.float32(types.int64), lambda context, builder, sig, args: builder.bitcast(
+        builder.trunc(args[0], I32), F32
+    )
+
+
+@intrinsic
+def first_lanes(typingctx, vector, count, other):
+    """The first `count` lanes of the vector, and `other` in the lanes after them."""
+
+    def codegen(context, builder, sig, args):
+        lanes = ir.VectorType(I32, vector.lanes)
+        index = lanes(list(range(vector.lanes)))
+        kept = builder.icmp_signed(
+            "<", index, splat_vector(builder, builder.trunc(args[1], I32), vector.lanes)
+        )
+        (values,) = split(builder, args[0])
+        return join(builder, [builder.select(kept, values, splat_vector(builder, args[2], vector.lanes))])
+
+    return vector(vector, types.int64, types.float32), codegen
+
+
+@intrinsic
+def exp2(typingctx, vector):
+    """2 ** x for x <= 0 to float32 rounding; exactly 0 below -126.5, -inf included."""
+
+    def codegen(context, builder, sig, args):
+        (x,) = split(builder, args[0])
+        lanes = vector.lanes
+        wide = ir.VectorType(I32, lanes)
+        x = call(builder, "maxnum", x.type, [x, x.type([-127.0] * lanes)])
+        whole = call(builder, "nearbyint", x.type, [x])
+        part = builder.fsub(x, whole)
+        # Taylor's series of 2 ** part; |part| <= 1/2, so the eighth term is below float32's rounding.
+        power = x.type([math.log(2) ** 7 / math.factorial(7)] * lanes)
+        for n in range(6, -1, -1):
+            power = call(
+                builder, "fma", x.type, [power, part, x.type([math.log(2) ** n / math.factorial(n)] * lanes)]
+            )
+        exponent = builder.add(builder.fptosi(whole, wide), wide([127] * lanes))
+        factor = builder.bitcast(builder.shl(exponent, wide([23] * lanes)), x.type)
+        return join(builder, [builder.fmul(power, factor)])
+
+    return vector(vector), codegen
