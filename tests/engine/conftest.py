@@ -24,7 +24,7 @@ def model() -> str:
 
 @pytest.fixture(scope="module")
 def engine(model: str) -> Iterator[Engine]:
-    """``engine(quest=None, **arguments)``: an `LLM`, dense without `quest`; one per distinct call and module."""
+    """``engine(quest=None, **arguments)``: an `LLM`, dense without `quest`; one per distinct call."""
     from vllm import LLM
 
     started: dict[str, Any] = {}
@@ -56,6 +56,7 @@ def engine(model: str) -> Iterator[Engine]:
 def prose(model: str) -> list[int]:
     """Some 20,000 tokens of real text: the language reference that every Python ships."""
     import pydoc_data.topics
+
     from transformers import AutoTokenizer
 
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
