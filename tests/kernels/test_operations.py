@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.kernels.cache import PagedCache
-from vllm_quest.kernels import reference
+from vllm_quest.kernels import cpu, reference
 
-IMPLEMENTATIONS = [pytest.param(reference, id="reference")]
+IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 
 # One step of a serving engine: how many tokens up to three requests get, which request ends, what is shared.
 STEPS = st.lists(

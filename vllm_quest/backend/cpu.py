@@ -26,7 +26,7 @@ from vllm_quest.backend.layers import LayerPlan
 from vllm_quest.backend.rows import BatchRows, SparseRows, split_rows, token_indices
 from vllm_quest.backend.support import explain, refusal
 from vllm_quest.config import QuestConfig, current_config
-from vllm_quest.kernels import reference as kernels
+from vllm_quest.kernels import cpu as kernels
 from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.metrics import CounterFile
 from vllm_quest.registration import BACKEND_NAME
@@ -130,6 +130,16 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         plan = LayerPlan.of(layers, self.config)
         plan.log(self.config, self.layout, self.dtype, self.num_kv_heads)
         self.any_dense_layer = bool(plan.dense)
+        if plan.sparse:
+            kernels.warm_up(
+                self.head_dim,
+                self.num_heads,
+                self.num_kv_heads,
+                self.config.page_size,
+                self.block_size,
+                self.dtype,
+                self.config.group_reduce,
+            )
         counters = CounterFile()
         for name, layer in layers.items():
             layer.impl.start(self.config, self.layout, plan.dense.get(name), counters)

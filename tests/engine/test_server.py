@@ -1,0 +1,149 @@
+"""A real OpenAI server on loopback with QUEST, its engine in processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.engine
+
+NAME = "smollm2"
+QUEST = {"token_budget": 256, "dense_layers": 0}
+
+
+@pytest.fixture(scope="module")
+def log_file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def server(model, log_file):
+    """The server's base address; the process, for the shutdown test."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if "MULTIPROCESSING" not in name}
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model, "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"),
+        *("--kv-cache-memory-bytes", str(1 << 29), "--attention-backend", "QUEST"),
+        *("--additional-config", json.dumps({"quest": QUEST})),
+    ]
+    with log_file.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(address, process, log_file)
+        yield address, process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_until_healthy(address: str, process: subprocess.Popen, log_file: Path) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(1)
+    pytest.fail(f"the server did not come up:\n{log_file.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=120, max_retries=0)
+
+
+def counter(address: str, name: str) -> float:
+    text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
+    return sum(float(value) for value in re.findall(rf"^vllm_quest:{name}\S* (\S+)$", text, re.MULTILINE))
+
+
+def test_the_start_up_line_says_what_is_sparse(server, log_file) -> None:
+    lines = [line for line in log_file.read_text().splitlines() if "QUEST: layers" in line]
+    assert len(lines) == 1
+    assert "layers 0-29 sparse; no layer dense" in lines[0]
+    assert "256 tokens = 16 pages of 16" in lines[0]
+
+
+def test_long_context_is_decoded_sparsely_and_counted(server, client, prose) -> None:
+    address, _ = server
+    rows, pages = counter(address, 'decode_rows_total{mode="sparse"'), counter(address, "pages_read_total")
+    answer = client.completions.create(model=NAME, prompt=prose[:900], max_tokens=9, temperature=0)
+    assert answer.usage.completion_tokens == 9
+    assert counter(address, 'decode_rows_total{mode="sparse"') - rows == 8 * 30
+    assert counter(address, "pages_read_total") - pages == 8 * 30 * 3 * 16
+    assert "vllm:generation_tokens_total" in urllib.request.urlopen(f"{address}/metrics").read().decode()
+
+
+def test_streaming_equals_not_streaming(client, prose) -> None:
+    request = {"model": NAME, "prompt": prose[:700], "max_tokens": 20, "temperature": 0}
+    whole = client.completions.create(**request).choices[0].text
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole
+
+
+def test_eight_at_once_answer_as_alone(server, client, prose) -> None:
+    prompts = [
+        prose[i * 300 : i * 300 + length] for i, length in enumerate([5, 900, 63, 400, 577, 17, 1200, 300])
+    ]
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=240) as parallel:
+            requests = [
+                parallel.completions.create(model=NAME, prompt=prompt, max_tokens=12, temperature=0)
+                for prompt in prompts
+            ]
+            return [answer.choices[0].text for answer in await asyncio.gather(*requests)]
+
+    together = asyncio.run(ask_all())
+    alone = [
+        client.completions.create(model=NAME, prompt=prompt, max_tokens=12, temperature=0).choices[0].text
+        for prompt in prompts
+    ]
+    assert together == alone
+
+
+def test_chat(client) -> None:
+    answer = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_tokens=16,
+        temperature=0,
+    )
+    assert "Paris" in answer.choices[0].message.content
+
+
+def test_bad_requests_are_refused_and_the_server_lives_on(client, prose) -> None:
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model=NAME, prompt="hi", temperature=-3)
+    with pytest.raises(openai.BadRequestError, match="2048"):
+        client.completions.create(model=NAME, prompt=prose[:2100], max_tokens=4)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="hi")
+    assert client.completions.create(model=NAME, prompt="hi", max_tokens=2).choices[0].text
+
+
+def test_shutdown_is_clean(server, log_file) -> None:
+    """Runs last: it ends the server."""
+    _, process = server
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) in (0, -signal.SIGTERM)
+    assert "Traceback" not in log_file.read_text()
