@@ -1,0 +1,165 @@
+"""The Triton attention over selected pages against the reference; at full budget against dense attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
+from tests.kernels.test_triton_score import LENGTHS, query_for, rows_of
+from vllm_quest.kernels import reference, triton
+from vllm_quest.kernels.triton.workspace import attend_scratch
+from vllm_quest.layout import PageLayout
+
+
+def random_pages(num_pages: torch.Tensor, heads: int, budget: int, seed: int = 0) -> torch.Tensor:
+    """``[R, H, budget]`` as `select_pages` returns them: ascending, different per head, then -1."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = torch.full((len(num_pages), heads, budget), -1, dtype=torch.int32)
+    for row, total in enumerate(num_pages.tolist()):
+        for head in range(heads):
+            chosen = torch.randperm(total, generator=generator)[:budget].sort().values
+            pages[row, head, : len(chosen)] = chosen
+    return pages
+
+
+def attend(cache, query, table, seq_lens, pages, scale, **kwargs):
+    size, views = cache.layout.page_size, cache.layout.views(cache.cache.to(DEVICE))
+    table, seq_lens, pages = on_device(table, seq_lens, pages)
+    return triton.attend_pages(
+        query.to(DEVICE), views.key, views.value, table, seq_lens, pages, size, scale, **kwargs
+    )
+
+
+def expected_of(cache, query, table, seq_lens, pages, scale):
+    views, size = cache.pages, cache.layout.page_size
+    return reference.attend_pages(query, views.key, views.value, table, seq_lens, pages, size, scale)
+
+
+def assert_attends(cache, *arguments) -> None:
+    bound = TOLERANCE[cache.cache.dtype]
+    actual, expected = attend(cache, *arguments).cpu(), expected_of(cache, *arguments)
+    torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("budget", [1, 5, 80])
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "page_size", "head_size", "group"),
+    [
+        (DTYPES[-1], 16, 8, 64, 1),
+        (DTYPES[0], 32, 8, 96, 3),
+        (DTYPES[1], 64, 16, 128, 4),
+        (DTYPES[0], 32, 32, 256, 8),
+        (DTYPES[0], 16, 16, 128, 16),
+        (DTYPES[1], 128, 64, 80, 4),
+    ],
+)
+def test_attention_is_the_references(dtype, block_size, page_size, head_size, group, budget) -> None:
+    cache, table, num_pages = rows_of(
+        LENGTHS, block_size=block_size, page_size=page_size, head_size=head_size, dtype=dtype
+    )
+    seq_lens = torch.tensor(LENGTHS, dtype=torch.int32)
+    query, pages = query_for(cache, 4, group), random_pages(num_pages, 2, budget)
+    assert_attends(cache, query, table, seq_lens, pages, head_size**-0.5)
+
+
+def test_a_full_budget_is_dense_attention() -> None:
+    cache, table, num_pages = rows_of([577], dtype=DTYPES[0], page_size=8, head_size=64)
+    context = cache.requests[0]
+    key, value = (torch.tensor([t.tolist() for t in tokens]) for tokens in (context.keys, context.values))
+    query = query_for(cache, 1, 4)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query.float().view(2, 4, 64), key.transpose(0, 1), value.transpose(0, 1)
+    )
+    pages = random_pages(num_pages, 2, 73)
+    actual = attend(cache, query, table, torch.tensor([577], dtype=torch.int32), pages, 0.125)
+    bound = TOLERANCE[DTYPES[0]]
+    torch.testing.assert_close(actual.cpu().float().view(2, 4, 64), dense, rtol=bound, atol=bound)
+
+
+def test_thousands_of_pages() -> None:
+    cache, table, num_pages = rows_of([16400], heads=1, block_size=256, page_size=8, head_size=16)
+    cache.cache = cache.cache.to(DTYPES[-1])
+    cache.pages = cache.layout.views(cache.cache)
+    seq_lens = torch.tensor([16400], dtype=torch.int32)
+    query = query_for(cache, 1, 2)
+    assert_attends(cache, query, table, seq_lens, random_pages(num_pages, 1, 2050), 0.25)
+    assert_attends(cache, query, table, seq_lens, random_pages(num_pages, 1, 2000), 0.25)
+
+
+def test_rows_without_pages_are_zero() -> None:
+    """Padding rows of a CUDA graph: no context, garbage in the block table, stale `out`."""
+    cache, table, num_pages = rows_of([63, 17], dtype=DTYPES[0], page_size=8, head_size=64)
+    seq_lens = torch.tensor([0, 17], dtype=torch.int32)
+    table[0] = 2**30
+    pages = random_pages(num_pages, 2, 6)
+    pages[0] = -1
+    pages[1, 1] = -1  # a context, but nothing selected
+    query = query_for(cache, 2, 4)
+    out = torch.full_like(query, torch.nan, device=DEVICE)
+    actual = attend(cache, query, table, seq_lens, pages, 0.125, out=out).cpu()
+    assert not actual[0].any()
+    assert not actual[1, 4:].any()
+    one = slice(1, 2)
+    expected = expected_of(cache, query[one], table[one], seq_lens[one], pages[one], 0.125)[0, :4]
+    torch.testing.assert_close(actual[1, :4], expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 300.0])
+def test_flat_and_peaked_softmax(factor) -> None:
+    """All weights alike, or one weight only, in whichever split it is; logits of thousands."""
+    cache, table, num_pages = rows_of([577, 63], dtype=DTYPES[0], page_size=8, head_size=64)
+    seq_lens = torch.tensor([577, 63], dtype=torch.int32)
+    query = query_for(cache, 2, 4) * factor
+    assert_attends(cache, query, table, seq_lens, random_pages(num_pages, 2, 40), 1.0)
+
+
+def test_persistent_buffers_serve_one_step_after_another() -> None:
+    cache, table, _ = rows_of([577, 63, 300], dtype=DTYPES[0], page_size=8, head_size=64)
+    elements = attend_scratch(6, 4, 64, 40 * 8, DEVICE)
+    workspace = triton.Workspace.allocate(elements, 6, DEVICE)
+    workspace.scratch.fill_(torch.nan)
+    out = torch.full((3, 8, 64), torch.nan, dtype=DTYPES[0], device=DEVICE)
+    bound = TOLERANCE[DTYPES[0]]
+    for seed, lengths in enumerate([[577, 63, 300], [9, 63, 0], [400, 1, 299]]):
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        pages = random_pages((seq_lens + 7) // 8, 2, 40, seed)
+        arguments = (query_for(cache, 3, 4), table, seq_lens, pages, 0.125)
+        assert attend(cache, *arguments, out=out, workspace=workspace) is out
+        expected = expected_of(cache, *arguments).nan_to_num(0)  # rows without pages
+        torch.testing.assert_close(out.cpu(), expected, rtol=bound, atol=bound)
+        assert not workspace.arrivals.any()
+
+
+def test_strides_of_blocks_heads_and_queries_are_free() -> None:
+    layout = PageLayout(16, 8, 32, False)
+    cache = torch.randn(3, 5, 16, layout.content_size(8, 32)).to(DTYPES[0])  # heads before blocks
+    views = layout.views(cache.transpose(0, 1))
+    on_gpu = layout.views(cache.to(DEVICE).transpose(0, 1))
+    query = torch.randn(2, 3, 6, 32).to(DTYPES[0])[:, 0]  # a slice of one projection
+    table = torch.tensor([[4, 1], [0, 2]], dtype=torch.int32)
+    seq_lens = torch.tensor([20, 32], dtype=torch.int32)
+    pages = random_pages(torch.tensor([3, 4]), 3, 2)
+    actual = triton.attend_pages(
+        query.to(DEVICE), on_gpu.key, on_gpu.value, *on_device(table, seq_lens, pages), 8, 0.2
+    )
+    expected = reference.attend_pages(query, views.key, views.value, table, seq_lens, pages, 8, 0.2)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_what_the_kernel_relies_on_is_checked() -> None:
+    cache, table, num_pages = rows_of([63], page_size=8)
+    query, pages = query_for(cache, 1, 2), random_pages(num_pages, 2, 4)
+    key, value = cache.pages.key, cache.pages.value
+    seq_lens = torch.tensor([63], dtype=torch.int32)
+    for arguments, message in [
+        ((query, key, value, table, seq_lens, pages, 12), "page_size: 12; allowed: a power of two"),
+        ((query, key, value.contiguous(), table, seq_lens, pages, 8), "key_cache, value_cache: strides"),
+        ((query[:, :3], key, value, table, seq_lens, pages, 8), "3 heads for 2 KV heads"),
+        (
+            (query, key, value, table, seq_lens, pages.mT.contiguous().mT, 8),
+            "page_indices: the last dimension",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            triton.attend_pages(*arguments, 1.0)

@@ -1,0 +1,93 @@
+"""Whole decode steps in Triton, with the buffers of a CUDA graph: store, score, select, attend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.cache import PagedCache
+from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
+from tests.kernels.test_triton_store import store
+from vllm_quest.kernels import reference, triton
+from vllm_quest.kernels.triton.launch import split_count, split_total
+
+HEADS, GROUP, BUDGET, MAX_ROWS = 2, 4, 6, 4
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # lanes masked afterwards
+
+
+@pytest.mark.parametrize("group_reduce", ["max", "softmax_mean"])
+def test_steps_share_one_workspace(group_reduce) -> None:
+    cache = PagedCache(
+        num_kv_heads=HEADS, block_size=16, page_size=8, head_size=64, dtype=DTYPES[0], channel_major=False
+    )
+    requests = [cache.new_request() for _ in range(3)]
+    cache.append(store, dict(zip(requests, [130, 9, 62], strict=True)))
+    max_pages = 2 * 10
+    workspace = triton.Workspace.for_decode(
+        max_rows=MAX_ROWS,
+        num_heads=HEADS * GROUP,
+        num_kv_heads=HEADS,
+        head_size=64,
+        max_pages=max_pages,
+        budget_pages=BUDGET,
+        page_size=8,
+        group_reduce=group_reduce,
+        device=DEVICE,
+    )
+    page_scores = torch.full((MAX_ROWS, HEADS, max_pages), torch.nan, device=DEVICE)
+    page_indices = torch.full((MAX_ROWS, HEADS, BUDGET), 2**30, dtype=torch.int32, device=DEVICE)
+    out = torch.full((MAX_ROWS, HEADS * GROUP, 64), torch.nan, dtype=DTYPES[0], device=DEVICE)
+    for rows in ([0, 1, 2], [2, 0], [0, 0, 1, 2]):
+        rows = [requests[row] for row in rows]
+        cache.append(store, dict.fromkeys(rows, 1), padding=1)
+        table, seq_lens, num_pages = cache.rows(rows)
+        table = torch.nn.functional.pad(table, (0, 10 - table.shape[1]), value=2**30)
+        if len(rows) == MAX_ROWS:  # two query tokens of one request: the earlier sees a token less
+            seq_lens[0] -= 1
+            num_pages[0] = (seq_lens[0] + 7) // 8
+        query = torch.from_numpy(cache.rng.standard_normal((len(rows), HEADS * GROUP, 64))).to(DTYPES[0])
+        key, value, bounds = cache.pages.key, cache.pages.value, cache.pages.bounds
+
+        expected_scores = reference.score_pages(query, bounds, table, num_pages, 0.125, group_reduce)
+        expected_indices = reference.select_pages(expected_scores, num_pages, BUDGET, 1, 2)
+        expected = reference.attend_pages(query, key, value, table, seq_lens, expected_indices, 8, 0.125)
+
+        views = cache.layout.views(cache.cache.to(DEVICE))
+        query, table, seq_lens, num_pages = on_device(query, table, seq_lens, num_pages)
+        n = len(rows)
+        scores = triton.score_pages(
+            query,
+            views.bounds,
+            table,
+            num_pages,
+            0.125,
+            group_reduce,
+            out=page_scores[:n],
+            workspace=workspace,
+        )
+        indices = triton.select_pages(
+            scores, num_pages, BUDGET, 1, 2, out=page_indices[:n], workspace=workspace
+        )
+        actual = triton.attend_pages(
+            query,
+            views.key,
+            views.value,
+            table,
+            seq_lens,
+            indices,
+            8,
+            0.125,
+            out=out[:n],
+            workspace=workspace,
+        )
+        assert torch.equal(indices.cpu(), expected_indices)
+        bound = TOLERANCE[DTYPES[0]]
+        torch.testing.assert_close(actual.cpu(), expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("kernel", ["score", "attend"])
+@pytest.mark.parametrize("tiles", [1, 3, 32, 1000])
+def test_a_workspace_for_many_rows_fits_any_fewer(kernel, tiles) -> None:
+    for pairs in range(1, 60):
+        total = split_total(kernel, pairs, tiles, DEVICE)
+        assert all(p * split_count(kernel, p, tiles, DEVICE) <= total for p in range(1, pairs + 1))

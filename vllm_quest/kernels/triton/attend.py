@@ -1,0 +1,221 @@
+"""Attention of decode rows over the tokens of their selected pages only (section 3.3), split over the pages.
+
+Each split keeps a running softmax over its tiles of gathered tokens. The last split of a (row, KV head) to
+finish merges them by their log-sum-exp, in a fixed order: the result does not depend on which one was last.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_quest.kernels.triton.launch import check_cache, check_group, choose, dot_type, split_count
+from vllm_quest.kernels.triton.split import arrive_last, split_range
+from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch
+
+__all__ = ["attend_pages"]
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _merge_splits(
+    partials, lse, active, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr
+):
+    """The splits' outputs, weighted by their share of the softmax: [16, HEAD_PAD]."""
+    head = tl.arange(0, 16)
+    channel = tl.arange(0, HEAD_PAD)[None, :]
+    inside = (head < GROUP)[:, None] & (channel < HEAD_SIZE)
+    offset = head[:, None] * HEAD_SIZE + channel
+    peak = tl.full([16], float("-inf"), tl.float32)
+    norm = tl.zeros([16], tl.float32)
+    acc = tl.zeros([16, HEAD_PAD], tl.float32)
+    for split in tl.range(0, active, num_stages=3):
+        split_lse = tl.load(lse + split * GROUP + head, mask=head < GROUP, other=float("-inf"))
+        split_out = tl.load(partials + split * GROUP * HEAD_SIZE + offset, mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, split_lse)
+        # A split whose tokens are all invisible has -inf: it must weigh nothing, and not make a NaN.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        old, new = tl.exp2(peak - base), tl.exp2(split_lse - base)
+        acc = acc * old[:, None] + split_out * new[:, None]
+        norm = norm * old + new
+        peak = new_peak
+    return acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _attend_kernel(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    seq_lens,
+    page_indices,
+    out,
+    scratch,
+    arrivals,
+    scale_log2,
+    splits,
+    budget_pages,
+    stride_query_row,
+    stride_query_head,
+    stride_block,
+    stride_kv_head,
+    stride_table,
+    stride_pages_row,
+    stride_pages_head,
+    stride_out_row,
+    stride_out_head,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    seq_len = tl.load(seq_lens + row)
+    slots = tl.minimum(tl.cdiv(seq_len, PAGE_SIZE), budget_pages) * PAGE_SIZE
+    first, end, active = split_range(slots, TILE, split, splits)
+    head = tl.arange(0, 16)[:, None]
+    channel = tl.arange(0, HEAD_PAD)[None, :]
+    inside = (head < GROUP) & (channel < HEAD_SIZE)
+    out += row * stride_out_row + kv_head * GROUP * stride_out_head + head * stride_out_head + channel
+    acc = tl.zeros([16, HEAD_PAD], tl.float32)
+    if first >= end:
+        if active == 0 and split == 0:
+            tl.store(out, acc.to(out.dtype.element_ty), mask=inside)
+        return
+
+    query += row * stride_query_row + kv_head * GROUP * stride_query_head
+    q = tl.load(query + head * stride_query_head + channel, mask=inside, other=0.0).to(DOT)
+    key_cache += kv_head * stride_kv_head
+    value_cache += kv_head * stride_kv_head
+    block_table += row * stride_table
+    page_indices += row * stride_pages_row + kv_head * stride_pages_head
+    peak = tl.full([16], float("-inf"), tl.float32)
+    norm = tl.zeros([16], tl.float32)
+    for start in tl.range(first, end, TILE):
+        slot = start + tl.arange(0, TILE)
+        page = tl.load(page_indices + slot // PAGE_SIZE, mask=slot < end, other=-1)
+        token = page * PAGE_SIZE + slot % PAGE_SIZE
+        visible = (page >= 0) & (token < seq_len)
+        block = tl.load(block_table + token // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
+        offset = (block * stride_block + (token % BLOCK_SIZE) * HEAD_SIZE)[:, None] + channel
+        loaded = visible[:, None] & (channel < HEAD_SIZE)
+        key = tl.load(key_cache + offset, mask=loaded, other=0.0).to(DOT)
+        logits = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
+        logits = tl.where(visible[None, :], logits, float("-inf"))  # [16, TILE]
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(logits - base[:, None])
+        rescale = tl.exp2(peak - base)
+        norm = norm * rescale + tl.sum(weights, 1)
+        value = tl.load(value_cache + offset, mask=loaded, other=0.0).to(DOT)
+        acc = tl.dot(weights.to(DOT), value, acc * rescale[:, None], input_precision="ieee")
+        peak = new_peak
+
+    acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
+    if active > 1:
+        pair = row * tl.num_programs(1) + kv_head
+        partials = scratch + pair * splits * GROUP * HEAD_SIZE
+        lse = (
+            scratch
+            + (tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * HEAD_SIZE + pair) * splits * GROUP
+        )
+        heads = tl.arange(0, 16)
+        tl.store(partials + (split * GROUP + head) * HEAD_SIZE + channel, acc, mask=inside)
+        tl.store(lse + split * GROUP + heads, peak + tl.log2(norm), mask=heads < GROUP)
+        if arrive_last(arrivals + pair, active):
+            acc = _merge_splits(partials, lse, active, GROUP, HEAD_SIZE, HEAD_PAD)
+            tl.store(out, acc.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def attend_pages(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_indices: torch.Tensor,
+    page_size: int,
+    scale: float,
+    *,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """Attention over the tokens of the selected pages only. One launch, the merge of the splits included.
+
+    Args:
+        query: ``[R, Hq, D]``, contiguous in D; Hq / H at most 16.
+        key_cache: ``[B, H, N, D]``, token-major: each ``[N, D]`` contiguous.
+        value_cache: ``[B, H, N, D]``, with the strides of `key_cache`.
+        block_table: ``[R, M]`` int32; only entries of selected pages are read.
+        seq_lens: ``[R]`` int32; the last page may be partly filled. 0 for the padding rows of a CUDA graph.
+        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, then -1.
+        page_size: Tokens per page, a power of two.
+        scale: Factor of q . k.
+        out: ``[R, Hq, D]``, written.
+        workspace: Holds at least `attend_scratch` elements.
+
+    Returns:
+        ``[R, Hq, D]`` in the query's dtype; accumulated in float32. Zeros where a row has no page to read.
+
+    Raises:
+        ValueError: A shape or stride that the kernel does not handle.
+    """
+    rows, num_heads, head_size = query.shape
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    group, budget_pages = check_group(num_heads, num_kv_heads), page_indices.shape[2]
+    check_cache(key_cache, value_cache, page_size)
+    if query.stride(2) != 1 or block_table.stride(1) != 1 or page_indices.stride(2) != 1:
+        raise ValueError("query, block_table, page_indices: the last dimension must be contiguous")
+    if out is None:
+        out = torch.empty_like(query)
+    if out.shape != query.shape or out.stride(2) != 1:
+        raise ValueError(f"out: {tuple(out.shape)}; needed: {tuple(query.shape)}, contiguous in D")
+
+    choice = choose("attend", head_size, query.device)
+    pairs = rows * num_kv_heads
+    splits = split_count("attend", pairs, triton.cdiv(budget_pages * page_size, choice.tile), query.device)
+    needed = attend_scratch(pairs, group, head_size, budget_pages * page_size, query.device)
+    if workspace is None:
+        workspace = Workspace.allocate(needed, pairs, query.device)
+    workspace.check(needed, pairs)
+    _attend_kernel[(splits, num_kv_heads, rows)](
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        page_indices,
+        out,
+        workspace.scratch,
+        workspace.arrivals,
+        scale * LOG2E,
+        splits,
+        budget_pages,
+        query.stride(0),
+        query.stride(1),
+        key_cache.stride(0),
+        key_cache.stride(1),
+        block_table.stride(0),
+        page_indices.stride(0),
+        page_indices.stride(1),
+        out.stride(0),
+        out.stride(1),
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        HEAD_PAD=triton.next_power_of_2(head_size),
+        BLOCK_SIZE=block_size,
+        PAGE_SIZE=page_size,
+        TILE=choice.tile,
+        DOT=dot_type(key_cache.dtype),
+        num_warps=choice.num_warps,
+        num_stages=choice.num_stages,
+    )
+    return out

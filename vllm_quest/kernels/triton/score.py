@@ -1,0 +1,229 @@
+"""Scores every page of every (row, KV head): an upper bound of q . k over the page's keys (equation 2).
+
+max(q * kmin, q * kmax) is q * kmin where q is negative and q * kmax elsewhere. So the bound is a dot product,
+
+    sum_i max(q_i * kmin_i, q_i * kmax_i) = [min(q, 0) | max(q, 0)] . [kmin | kmax]
+
+and runs on tensor cores, on the bounds as they lie in the cache. The query heads of a KV head share one read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_quest.kernels.triton.launch import check_group, choose, dot_type, split_count
+from vllm_quest.kernels.triton.split import arrive_last, split_range
+from vllm_quest.kernels.triton.workspace import Workspace, score_scratch
+
+__all__ = ["score_pages"]
+
+_REDUCES = ("max", "mean", "softmax_mean")
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _load_signed_query(query, stride_head, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """[min(q, 0) | max(q, 0)] of the group's heads, as the columns of a [WIDTH, 16] float32 tile."""
+    channel = tl.arange(0, WIDTH)[:, None]
+    head = tl.arange(0, 16)[None, :]
+    inside = (channel < 2 * HEAD_SIZE) & (head < GROUP)
+    q = tl.load(query + head * stride_head + channel % HEAD_SIZE, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(channel < HEAD_SIZE, tl.minimum(q, 0.0), tl.maximum(q, 0.0))
+
+
+@triton.jit
+def _softmax_mean(
+    out, raw, partials, total, max_pages, active, scale_log2, GROUP: tl.constexpr, GROUP_POW2: tl.constexpr
+):
+    """Mean over the group of each head's softmax over the pages, from the raw scores and the splits' sums."""
+    head = tl.arange(0, GROUP_POW2)[None, :]
+    peak = tl.full([GROUP_POW2], float("-inf"), tl.float32)
+    norm = tl.zeros([GROUP_POW2], tl.float32)
+    for start in range(0, active, 64):
+        split = start + tl.arange(0, 64)[:, None]
+        partial = partials + split * 2 * GROUP + head
+        known = (split < active) & (head < GROUP)
+        split_peak = tl.load(partial, mask=known, other=float("-inf"))
+        split_norm = tl.load(partial + GROUP, mask=known, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(split_peak, 0))
+        # The columns beyond the group stay at -inf, and -inf less itself would be NaN; they enter no result.
+        norm = norm * tl.exp2((peak - new_peak) * scale_log2)
+        norm += tl.sum(split_norm * tl.exp2((split_peak - new_peak[None, :]) * scale_log2), 0)
+        peak = new_peak
+    TILE: tl.constexpr = 4096 // GROUP_POW2
+    for start in tl.range(0, total, TILE, num_stages=3):
+        page = start + tl.arange(0, TILE)
+        known = (page < total)[:, None] & (head < GROUP)
+        # Masked by the buffer's length and not by `total`, of which the compiler knows no alignment.
+        inside = (page < max_pages)[:, None] & (head < GROUP)
+        score = tl.load(raw + head * max_pages + page[:, None], mask=inside, other=0.0)
+        share = tl.exp2((score - peak[None, :]) * scale_log2) / norm[None, :]
+        tl.store(out + page, tl.sum(tl.where(known, share, 0.0), 1) / GROUP, mask=page < total)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _score_kernel(
+    query,
+    bounds,
+    block_table,
+    num_pages,
+    out,
+    scratch,
+    arrivals,
+    scale_log2,
+    splits,
+    max_pages,
+    stride_query_row,
+    stride_query_head,
+    stride_block,
+    stride_kv_head,
+    stride_table,
+    stride_out_row,
+    stride_out_head,
+    GROUP: tl.constexpr,
+    GROUP_POW2: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,
+    REDUCE: tl.constexpr,
+    TILE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    total = tl.load(num_pages + row)
+    first, end, active = split_range(total, TILE, split, splits)
+    if first >= end:
+        return
+    query += row * stride_query_row + kv_head * GROUP * stride_query_head
+    q = _load_signed_query(query, stride_query_head, GROUP, HEAD_SIZE, WIDTH).to(DOT)
+    bounds += kv_head * stride_kv_head
+    block_table += row * stride_table
+    out += row * stride_out_row + kv_head * stride_out_head
+    pair = row * tl.num_programs(1) + kv_head
+    raw = scratch + pair * GROUP * max_pages
+
+    channel = tl.arange(0, WIDTH)[None, :]
+    head = tl.arange(0, 16)[None, :]
+    peak = tl.full([16], float("-inf"), tl.float32)
+    norm = tl.zeros([16], tl.float32)
+    for start in tl.range(first, end, TILE):
+        page = start + tl.arange(0, TILE)
+        known = page < end
+        block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=known, other=0).to(tl.int64)
+        offset = block * stride_block + (page % PAGES_PER_BLOCK) * (2 * HEAD_SIZE)
+        inside = known[:, None] & (channel < 2 * HEAD_SIZE)
+        minmax = tl.load(bounds + offset[:, None] + channel, mask=inside, other=0.0).to(DOT)
+        score = tl.dot(minmax, q, input_precision="ieee")  # [TILE, 16]
+        if REDUCE == "max":
+            tl.store(out + page, tl.max(tl.where(head < GROUP, score, float("-inf")), 1), mask=known)
+        elif REDUCE == "mean":
+            tl.store(out + page, tl.sum(tl.where(head < GROUP, score, 0.0), 1) / GROUP, mask=known)
+        else:
+            tl.store(raw + head * max_pages + page[:, None], score, mask=known[:, None] & (head < GROUP))
+            score = tl.where(known[:, None], score, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(score, 0))
+            norm = norm * tl.exp2((peak - new_peak) * scale_log2)
+            norm += tl.sum(tl.exp2((score - new_peak[None, :]) * scale_log2), 0)
+            peak = new_peak
+
+    if REDUCE == "softmax_mean":
+        partials = scratch + tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * GROUP * max_pages
+        partials += pair * splits * 2 * GROUP
+        head = tl.arange(0, 16)
+        tl.store(partials + split * 2 * GROUP + head, peak, mask=head < GROUP)
+        tl.store(partials + split * 2 * GROUP + GROUP + head, norm, mask=head < GROUP)
+        if arrive_last(arrivals + pair, active):
+            _softmax_mean(out, raw, partials, total, max_pages, active, scale_log2, GROUP, GROUP_POW2)
+
+
+def score_pages(
+    query: torch.Tensor,
+    bounds: torch.Tensor,
+    block_table: torch.Tensor,
+    num_pages: torch.Tensor,
+    scale: float,
+    group_reduce: str,
+    *,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """An upper bound of q . k over the keys of every page, one score per KV head. One launch.
+
+    Args:
+        query: ``[R, Hq, D]``, contiguous in D; query head h reads KV head ``h // (Hq / H)``; Hq / H at most
+            16.
+        bounds: ``[B, H, P, 2, D]``, finite, contiguous in the last three dimensions.
+        block_table: ``[R, M]`` int32; only entries within the row's context are read.
+        num_pages: ``[R]`` int32, pages in the context of each row; read on the device.
+        scale: What attention multiplies q . k with; positive; matters to ``softmax_mean`` only.
+        group_reduce: ``max``, ``mean`` or ``softmax_mean`` over the query heads of a KV head.
+        out: ``[R, H, M * P]`` float32, written up to each row's `num_pages` and left alone beyond.
+        workspace: For ``softmax_mean``; holds at least `score_scratch` elements.
+
+    Returns:
+        ``[R, H, M * P]`` float32: `out`, or a new tensor that is -inf where the row has no such page.
+
+    Raises:
+        ValueError: A shape, stride or choice that the kernel does not handle.
+    """
+    rows, num_heads, head_size = query.shape
+    num_kv_heads, pages_per_block = bounds.shape[1:3]
+    group = check_group(num_heads, num_kv_heads)
+    max_pages = block_table.shape[1] * pages_per_block
+    if group_reduce not in _REDUCES:
+        raise ValueError(f"group_reduce: {group_reduce!r}; allowed: {', '.join(_REDUCES)}")
+    if bounds.shape[3:] != (2, head_size) or bounds.stride()[2:] != (2 * head_size, head_size, 1):
+        raise ValueError(
+            f"bounds: {tuple(bounds.shape)} with strides {bounds.stride()} is not [B, H, P, 2, D]"
+        )
+    if query.stride(2) != 1 or block_table.stride(1) != 1:
+        raise ValueError("query, block_table: the last dimension must be contiguous")
+    if out is None:
+        out = query.new_full((rows, num_kv_heads, max_pages), -torch.inf, dtype=torch.float32)
+    if out.shape != (rows, num_kv_heads, max_pages) or out.stride(2) != 1 or out.dtype != torch.float32:
+        raise ValueError(
+            f"out: {tuple(out.shape)} {out.dtype}; needed: {(rows, num_kv_heads, max_pages)} float32"
+        )
+
+    choice = choose("score", head_size, query.device)
+    pairs = rows * num_kv_heads
+    splits = split_count("score", pairs, triton.cdiv(max_pages, choice.tile), query.device)
+    scratch, arrivals = out, num_pages  # not touched unless the reduction needs them
+    if group_reduce == "softmax_mean":
+        needed = score_scratch(pairs, group, max_pages, head_size, query.device)
+        if workspace is None:
+            workspace = Workspace.allocate(needed, pairs, query.device)
+        workspace.check(needed, pairs)
+        scratch, arrivals = workspace.scratch, workspace.arrivals
+    _score_kernel[(splits, num_kv_heads, rows)](
+        query,
+        bounds,
+        block_table,
+        num_pages,
+        out,
+        scratch,
+        arrivals,
+        scale * LOG2E,
+        splits,
+        max_pages,
+        query.stride(0),
+        query.stride(1),
+        bounds.stride(0),
+        bounds.stride(1),
+        block_table.stride(0),
+        out.stride(0),
+        out.stride(1),
+        GROUP=group,
+        GROUP_POW2=triton.next_power_of_2(group),
+        HEAD_SIZE=head_size,
+        WIDTH=triton.next_power_of_2(2 * head_size),
+        PAGES_PER_BLOCK=pages_per_block,
+        REDUCE=group_reduce,
+        TILE=choice.tile,
+        DOT=dot_type(bounds.dtype),
+        num_warps=choice.num_warps,
+        num_stages=choice.num_stages,
+    )
+    return out

@@ -1,0 +1,181 @@
+"""Writes K and V of new tokens and the bounds of every page they touch, in one launch (section 3.2).
+
+One program owns a touched page: that of the page's last token in this call. It finds the page's other new
+tokens just before, since the tokens of a request follow each other, and takes what is older from the cache.
+So no program reads what another one writes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_quest.kernels.triton.launch import check_cache
+
+__all__ = ["store"]
+
+# Up to here every token has a program of its own, so that a decode batch is spread over the device; beyond, a
+# program looks after as many tokens as a page has, most of which are of one page.
+SPREAD_TOKENS = 512
+ELEMENTS_PER_THREAD = 16
+
+
+@triton.jit
+def _store_page(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    bounds,
+    slot_mapping,
+    token,
+    stride_key,
+    stride_value,
+    stride_block,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Stores the new tokens of the page that ends, in this call, with `token`, and the page's bounds."""
+    slot = tl.load(slot_mapping + token)
+    first_position = slot % BLOCK_SIZE // PAGE_SIZE * PAGE_SIZE
+    position = tl.arange(0, PAGE_SIZE)
+    back = slot % PAGE_SIZE - position  # how long before `token` the position's token was, or would have been
+    source = token.to(tl.int64) - back
+    written = back >= 0
+    source_slot = tl.load(slot_mapping + source, mask=written & (source >= 0), other=-1)
+    fresh = written & (source_slot == slot - back)
+
+    channel = tl.arange(0, HEAD_PAD)
+    in_head = channel < HEAD_SIZE
+    block = slot // BLOCK_SIZE * stride_block
+    cached = block + (first_position + position)[:, None] * HEAD_SIZE + channel
+    new = fresh[:, None] & in_head
+    old = (written & (source_slot != slot - back))[:, None] & in_head
+    new_key = tl.load(key + source[:, None] * stride_key + channel, mask=new, other=0.0)
+    new_value = tl.load(value + source[:, None] * stride_value + channel, mask=new, other=0.0)
+    old_key = tl.load(key_cache + cached, mask=old, other=0.0)
+    tl.store(key_cache + cached, new_key, mask=new)
+    tl.store(value_cache + cached, new_value, mask=new)
+
+    page_key = tl.where(new, new_key.to(tl.float32), old_key.to(tl.float32))
+    kmin = tl.min(tl.where(written[:, None], page_key, float("inf")), 0)
+    kmax = tl.max(tl.where(written[:, None], page_key, float("-inf")), 0)
+    bounds += block + first_position // PAGE_SIZE * (2 * HEAD_SIZE) + channel
+    tl.store(bounds, kmin.to(bounds.dtype.element_ty), mask=in_head)
+    tl.store(bounds + HEAD_SIZE, kmax.to(bounds.dtype.element_ty), mask=in_head)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _store_kernel(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    bounds,
+    slot_mapping,
+    num_tokens,
+    stride_key,
+    stride_key_head,
+    stride_value,
+    stride_value_head,
+    stride_block,
+    stride_kv_head,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    kv_head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
+    next_slot = tl.load(slot_mapping + token + 1, mask=token + 1 < num_tokens, other=-1)
+    ends_page = (slot >= 0) & ((next_slot != slot + 1) | (next_slot % PAGE_SIZE == 0))
+    pending = tl.where(ends_page, token, num_tokens)
+    key += kv_head * stride_key_head
+    value += kv_head * stride_value_head
+    key_cache += kv_head * stride_kv_head
+    value_cache += kv_head * stride_kv_head
+    bounds += kv_head * stride_kv_head
+    last = tl.min(pending, 0)
+    while last < num_tokens:
+        _store_page(
+            key,
+            value,
+            key_cache,
+            value_cache,
+            bounds,
+            slot_mapping,
+            last,
+            stride_key,
+            stride_value,
+            stride_block,
+            HEAD_SIZE,
+            HEAD_PAD,
+            BLOCK_SIZE,
+            PAGE_SIZE,
+        )
+        last = tl.min(tl.where(pending > last, pending, num_tokens), 0)
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    bounds: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Writes K and V of new tokens and the bounds of every page they touch. One launch.
+
+    The new tokens of one page follow each other in `slot_mapping`, in the order of their slots, as vLLM
+    schedules them; padding may stand anywhere else.
+
+    Args:
+        key: ``[T, H, D]``, the cache's dtype, contiguous in D.
+        value: ``[T, H, D]``, likewise.
+        key_cache: ``[B, H, N, D]``, token-major: each ``[N, D]`` contiguous; written.
+        value_cache: ``[B, H, N, D]``, with the strides of `key_cache`; written.
+        bounds: ``[B, H, P, 2, D]``, kmin and kmax of each page, with the block and head strides of
+            `key_cache`; written. A page holds a power of two of tokens.
+        slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped. Rows
+            of `key` beyond T are padding too.
+
+    Raises:
+        ValueError: A shape, stride or dtype that the kernel does not handle.
+    """
+    num_kv_heads, block_size, head_size = key_cache.shape[1:]
+    num_tokens, page_size = slot_mapping.shape[0], block_size // bounds.shape[2]
+    if num_tokens == 0:
+        return
+    check_cache(key_cache, value_cache, page_size)
+    if bounds.stride() != (*key_cache.stride()[:2], 2 * head_size, head_size, 1):
+        raise ValueError(f"bounds: strides {bounds.stride()}; needed: views of one PageLayout")
+    if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype == bounds.dtype:
+        raise ValueError(f"key, value: {key.dtype}, {value.dtype}; needed: the cache's {key_cache.dtype}")
+    if key.stride(2) != 1 or value.stride(2) != 1 or slot_mapping.dtype != torch.int64:
+        raise ValueError("key, value: contiguous in D; slot_mapping: int64")
+    tokens = 1 if num_tokens <= SPREAD_TOKENS else page_size
+    head_pad = triton.next_power_of_2(head_size)
+    _store_kernel[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
+        key,
+        value,
+        key_cache,
+        value_cache,
+        bounds,
+        slot_mapping,
+        num_tokens,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        key_cache.stride(0),
+        key_cache.stride(1),
+        HEAD_SIZE=head_size,
+        HEAD_PAD=head_pad,
+        BLOCK_SIZE=block_size,
+        PAGE_SIZE=page_size,
+        TOKENS=tokens,
+        num_warps=max(1, min(8, page_size * head_pad // (32 * ELEMENTS_PER_THREAD))),
+    )

@@ -1,0 +1,96 @@
+"""The memory through which the programs of one launch exchange partial results."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from vllm_quest.kernels.triton.launch import CHUNK, choose, split_total
+
+__all__ = ["Workspace", "attend_scratch", "score_scratch", "select_scratch"]
+
+
+def score_scratch(pairs: int, group: int, max_pages: int, head_size: int, device: torch.device) -> int:
+    """Elements for ``softmax_mean`` over `pairs` (row, KV head) pairs: each query head's scores, and sums."""
+    tiles = triton.cdiv(max_pages, choose("score", head_size, device).tile)
+    return group * (pairs * max_pages + 2 * split_total("score", pairs, tiles, device))
+
+
+def select_scratch(pairs: int, max_pages: int, budget_pages: int) -> int:
+    """Elements for `pairs` (row, KV head) pairs: every chunk's candidates; 0 where there is one chunk."""
+    chunks = triton.cdiv(max_pages, CHUNK)
+    return 0 if chunks == 1 else pairs * 2 * chunks * min(budget_pages, CHUNK)
+
+
+def attend_scratch(pairs: int, group: int, head_size: int, budget_tokens: int, device: torch.device) -> int:
+    """Elements for `pairs` (row, KV head) pairs that read `budget_tokens` each: outputs and log-sum-exps."""
+    tiles = triton.cdiv(budget_tokens, choose("attend", head_size, device).tile)
+    return split_total("attend", pairs, tiles, device) * group * (head_size + 1)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch memory and counters.
+
+    One workspace serves all layers and operations on one stream, since its launches follow each other. Two
+    streams need two.
+
+    Attributes:
+        scratch: ``[n]`` float32.
+        arrivals: ``[rows * KV heads]`` int32, zero between launches.
+    """
+
+    scratch: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def allocate(cls, elements: int, pairs: int, device: torch.device) -> "Workspace":
+        """A workspace of `elements` 4-byte elements for `pairs` (row, KV head) pairs."""
+        return cls(
+            scratch=torch.empty(elements, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(pairs, dtype=torch.int32, device=device),
+        )
+
+    @classmethod
+    def for_decode(
+        cls,
+        *,
+        max_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        max_pages: int,
+        budget_pages: int,
+        page_size: int,
+        group_reduce: str,
+        device: torch.device,
+    ) -> "Workspace":
+        """What score, select and attend of up to `max_rows` rows need.
+
+        Args:
+            max_rows: Most query tokens of one decode step.
+            num_heads: Query heads of this rank.
+            num_kv_heads: KV heads of this rank.
+            head_size: Channels per head.
+            max_pages: Pages of the block table's width, M * P.
+            budget_pages: Pages read per (row, KV head), K.
+            page_size: Tokens per page.
+            group_reduce: As for `score_pages`; only ``softmax_mean`` needs memory.
+            device: The GPU.
+        """
+        pairs, group = max_rows * num_kv_heads, num_heads // num_kv_heads
+        elements = [
+            select_scratch(pairs, max_pages, budget_pages),
+            attend_scratch(pairs, group, head_size, budget_pages * page_size, device),
+        ]
+        if group_reduce == "softmax_mean":
+            elements.append(score_scratch(pairs, group, max_pages, head_size, device))
+        return cls.allocate(max(elements), pairs, device)
+
+    def check(self, elements: int, pairs: int) -> None:
+        """Raises ValueError where the workspace is too small."""
+        if self.scratch.numel() < elements or self.arrivals.numel() < pairs:
+            raise ValueError(
+                f"workspace: {self.scratch.numel()} elements and {self.arrivals.numel()} counters; this "
+                f"launch needs {elements} and {pairs}"
+            )
