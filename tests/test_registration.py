@@ -46,11 +46,11 @@ def test_the_platform_plugin_acts_on_cpu_builds_only(monkeypatch) -> None:
     assert vllm_quest.cpu_platform() is None
 
 
-def test_the_platform_is_vllms_own_but_for_two_methods() -> None:
+def test_the_platform_is_vllms_own_but_for_three_methods() -> None:
     from vllm.platforms import current_platform
     from vllm.platforms.cpu import CpuPlatform
 
     assert type(current_platform).__name__ == "QuestCpuPlatform"
     assert isinstance(current_platform, CpuPlatform)
     own = {name for name in vars(type(current_platform)) if not name.startswith("_")}
-    assert own == {"check_and_update_config", "get_attn_backend_cls"}
+    assert own == {"check_and_update_config", "get_attn_backend_cls", "register_triton_kernel_overrides"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,3 +34,21 @@ def _registered_member(name: str, path: str) -> AttentionBackendEnum:
 
     register_backend(name, path)
     return AttentionBackendEnum[name]
+
+
+@contextmanager
+def llvmlite_hidden() -> Iterator[None]:
+    """Hides llvmlite's library object while vLLM scans all modules for Triton kernels.
+
+    Symptom: a CPU engine that starts in a process where numba is imported, a second engine with QUEST for one,
+    dies with "'_lib_fn_wrapper' object has no attribute 'get'": the scan takes ``vars()`` of every object, and
+    llvmlite's lazy library has an answer to any name. Upstream: the same in 0.32 and 0.33. Delete: when
+    tests/engine/test_startup.py passes without it.
+    """
+    name = "llvmlite.binding.ffi"
+    hidden = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules[name] = hidden

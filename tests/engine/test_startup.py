@@ -152,6 +152,15 @@ def test_a_configuration_without_the_backend_is_noticed(model, plugin_log) -> No
     assert "additional_config['quest'] has no effect" in "\n".join(plugin_log)
 
 
+def test_an_engine_starts_where_numba_is_loaded(model) -> None:
+    """vLLM's scan for Triton kernels trips over llvmlite; the platform hides it."""
+    import numba  # noqa: F401
+
+    for backend in ("CPU_ATTN", "QUEST"):
+        llm = start(model, attention_backend=backend, max_model_len=256)
+        assert llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].text
+
+
 DENSE_RUN = """
 import json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

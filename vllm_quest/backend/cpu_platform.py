@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from vllm_quest import compat
 from vllm_quest.backend.support import refusal
 from vllm_quest.config import QuestConfig
 from vllm_quest.registration import BACKEND_NAME
@@ -62,3 +63,9 @@ class QuestCpuPlatform(CpuPlatform):
         if reasons:
             raise refusal(reasons)
         return selected_backend.get_path()
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        """As in vLLM, also in a process that has loaded numba."""
+        with compat.llvmlite_hidden():
+            super().register_triton_kernel_overrides()
