@@ -156,8 +156,8 @@ def test_an_engine_starts_where_numba_is_loaded(model) -> None:
     """vLLM's scan for Triton kernels trips over llvmlite; the platform hides it."""
     import numba  # noqa: F401
 
-    for backend in ("CPU_ATTN", "QUEST"):
-        llm = start(model, attention_backend=backend, max_model_len=256)
+    engines = [start(model, attention_backend=name, max_model_len=256) for name in ("CPU_ATTN", "QUEST")]
+    for llm in engines:
         assert llm.generate("Hello", SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].text
 
 
