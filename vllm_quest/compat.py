@@ -15,9 +15,9 @@ def register_backend(name: str, path: str) -> None:
     """Registers an attention backend under its own name so that every process of vLLM understands it.
 
     Symptom: with vLLM's ``register_backend`` alone a spawned engine process dies with "'path' is not
-    a valid AttentionBackendEnum": enum members are pickled by value, and the value is looked up before plugins
-    load. Upstream: none of 0.32, 0.33 changes that. Delete: when a registered member survives ``pickle`` into
-    a fresh process (tests/test_registration.py starts one).
+    a valid AttentionBackendEnum": enum members are pickled by value, and the value is looked up before
+    plugins load. Upstream: the same in 0.32 and 0.33. Delete: when a registered member survives ``pickle``
+    into a fresh process (tests/test_registration.py starts one).
     """
     from vllm.v1.attention.backends import registry
 
@@ -42,8 +42,8 @@ def llvmlite_hidden() -> Iterator[None]:
 
     Symptom: a CPU engine that starts in a process where numba is imported, a second engine with QUEST for
     one, dies with "'_lib_fn_wrapper' object has no attribute 'get'": the scan takes ``vars()`` of every
-    object, and llvmlite's lazy library has an answer to any name. Upstream: the same in 0.32 and 0.33. Delete:
-    when tests/engine/test_startup.py passes without it.
+    object, and llvmlite's lazy library has an answer to any name. Upstream: the same in 0.32 and 0.33.
+    Delete: when tests/engine/test_startup.py passes without it.
     """
     name = "llvmlite.binding.ffi"
     hidden = sys.modules.pop(name, None)
