@@ -46,23 +46,23 @@ def test_decode_rows_with_a_long_context_are_sparse() -> None:
     assert rows.sparse.num_pages.tolist() == [5, 13]
     assert rows.sparse.block_table.shape == (2, 7)
     assert rows.dense_requests.tolist() == [1, 2]
-    assert (rows.num_decode_rows, rows.num_prefill_tokens) == (3, 7)
+    assert (rows.counts.decode_rows, rows.counts.prefill_tokens) == (3, 7)
     # Four pages each; the last ones hold 1 and 8 tokens.
-    assert (rows.sparse.pages_read, rows.sparse.tokens_read) == (8, 49 + 56)
-    assert (rows.sparse.pages_in_context, rows.sparse.tokens_in_context) == (18, 265)
+    assert (rows.counts.pages_read, rows.counts.tokens_read) == (8, 49 + 56)
+    assert (rows.counts.pages_in_context, rows.counts.tokens_in_context) == (18, 265)
 
 
 def test_the_last_token_of_a_prompt_is_prefill() -> None:
     rows = split_rows(batch([(1, 100, True)]), CONFIG, BLOCK, 1)
     assert rows.sparse is None
-    assert (rows.num_decode_rows, rows.num_prefill_tokens) == (0, 1)
+    assert (rows.counts.decode_rows, rows.counts.prefill_tokens) == (0, 1)
 
 
 def test_without_is_prefilling_the_query_length_decides() -> None:
     rows = split_rows(batch([(1, 100, True), (2, 100, True)], is_prefilling=None), CONFIG, BLOCK, 1)
     assert rows.sparse is not None
     assert rows.sparse.tokens.tolist() == [0]
-    assert rows.num_prefill_tokens == 2
+    assert rows.counts.prefill_tokens == 2
 
 
 def test_each_speculated_token_is_a_row_of_its_own() -> None:
@@ -102,7 +102,7 @@ def test_every_token_is_attended_exactly_once(requests) -> None:
     dense = token_indices(starts, starts.diff(), rows.dense_requests).tolist()
     sparse = rows.sparse.tokens.tolist() if rows.sparse else []
     assert sorted(dense + sparse) == list(range(whole.num_actual_tokens))
-    assert rows.num_decode_rows + rows.num_prefill_tokens == whole.num_actual_tokens
+    assert rows.counts.decode_rows + rows.counts.prefill_tokens == whole.num_actual_tokens
 
 
 @pytest.mark.parametrize("lens", [[1], [3, 0, 2], [0, 0, 1]])

@@ -74,7 +74,7 @@ def test_decode_stays_sparse_in_mixed_batches(engine, prose) -> None:
 
     def record(self, *args, **kwargs):
         metadata = build(self, *args, **kwargs)
-        seen.append((metadata.rows.sparse is not None, metadata.rows.num_prefill_tokens > 0))
+        seen.append((metadata.rows.sparse is not None, metadata.rows.counts.prefill_tokens > 0))
         return metadata
 
     before = vllm_quest.read_counters()["decode_rows_sparse"]
@@ -108,7 +108,7 @@ def test_engine_reads_the_pages_that_its_keys_ask_for(engine, prose, page_size) 
     generate(llm, [prose[5000:5700], prose[6000:6400]])
     generate(llm, [prose[:600]])
     checked = []
-    real = cpu_backend.kernels
+    real = cpu_backend.QuestCPUImpl.kernels
 
     def score_pages(query, bounds, block_table, num_pages, scale, reduce):
         scores = real.score_pages(query, bounds, block_table, num_pages, scale, reduce)
@@ -122,7 +122,7 @@ def test_engine_reads_the_pages_that_its_keys_ask_for(engine, prose, page_size) 
     spy = types.SimpleNamespace(**vars(real))
     spy.score_pages, spy.attend_pages = score_pages, attend_pages
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_backend, "kernels", spy)
+        patch.setattr(cpu_backend.QuestCPUImpl, "kernels", spy)
         generate(llm, [prose[:600] + prose[700:1000]], SamplingParams(max_tokens=4, temperature=0))
     assert len(checked) == 3 * LAYERS
 

@@ -6,9 +6,10 @@ context the outputs are those of ``CPU_ATTN``, bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -22,25 +23,17 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_quest.backend.base import QuestBackend, QuestImpl
 from vllm_quest.backend.layers import LayerPlan
 from vllm_quest.backend.rows import BatchRows, SparseRows, split_rows, token_indices
-from vllm_quest.backend.support import explain, refusal
-from vllm_quest.config import QuestConfig, current_config
+from vllm_quest.config import QuestConfig
 from vllm_quest.kernels import cpu as kernels
 from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.metrics import CounterFile
-from vllm_quest.registration import BACKEND_NAME
 
 
-class QuestCPUBackend(CPUAttentionBackend):
-    """What QUEST supports on CPU, and the other three classes."""
-
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
-
-    @staticmethod
-    def get_name() -> str:
-        """The name under which vLLM selects this backend."""
-        return BACKEND_NAME
+class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
+    """QUEST for CPU builds of vLLM."""
 
     @staticmethod
     def get_impl_cls() -> type[QuestCPUImpl]:
@@ -51,29 +44,6 @@ class QuestCPUBackend(CPUAttentionBackend):
     def get_builder_cls() -> type[QuestCPUMetadataBuilder]:
         """The class that prepares a step."""
         return QuestCPUMetadataBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Enlarges the KV block by the bounds of its pages."""
-        if spec.state_content_bytes is not None:
-            return spec
-        content = PageLayout.content_size(current_config().page_size, spec.head_size)
-        return replace(spec, state_content_bytes=content * spec.dtype.itemsize)
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoder self-attention only."""
-        return attn_type == "decoder"
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        """A decode row sees its whole context, no more."""
-        return False
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Why this backend cannot run a layer; empty where it can."""
-        return [explain(reason) for reason in super().validate_configuration(*args, **kwargs)]
 
 
 @dataclass(frozen=True)
@@ -142,7 +112,8 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             )
         counters = CounterFile()
         for name, layer in layers.items():
-            layer.impl.start(self.config, self.layout, plan.dense.get(name), counters)
+            layer.impl.start(self.config, self.layout, plan.dense.get(name))
+            layer.impl.counters = counters
 
     def build(
         self,
@@ -182,54 +153,11 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return DenseRows(slice(first, last + 1) if together else tokens, super().build(0, part))
 
 
-class QuestCPUImpl(CPUAttentionBackendImpl):
-    """Update the cache; then, per layer and step: attend densely, or score, select and attend."""
+class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
+    """Per layer and step: attend densely, or score, select and attend."""
 
-    config: QuestConfig
-    layout: PageLayout
-    dense_reason: str | None
+    kernels: ClassVar[ModuleType] = kernels
     counters: CounterFile
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        current_config()  # remembered for customize_spec, which vLLM calls outside its configuration context
-        unsupported = {
-            "ALiBi": self.alibi_slopes is not None,
-            "logits soft cap": bool(self.logits_soft_cap),
-            "attention sinks": self.sinks is not None,
-        }
-        if any(unsupported.values()):
-            raise refusal([explain(feature) for feature, used in unsupported.items() if used])
-        self._views: tuple[int, PageViews] | None = None
-
-    def start(
-        self, config: QuestConfig, layout: PageLayout, dense_reason: str | None, counters: CounterFile
-    ) -> None:
-        """Called once by the builder, which owns these decisions.
-
-        Args:
-            config: The engine's configuration.
-            layout: The cut of this layer's blocks.
-            dense_reason: Why this layer is dense, a counter's suffix; None for a sparse layer.
-            counters: The worker's counters.
-        """
-        self.config, self.layout = config, layout
-        self.dense_reason, self.counters = dense_reason, counters
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Stores K, V and, in a sparse layer, the bounds of the touched pages; see the base class."""
-        pages = self._pages(kv_cache)
-        if self.dense_reason:
-            super().do_kv_cache_update(layer, key, value, pages.kv, slot_mapping)
-        else:
-            kernels.store(key, value, pages.key, pages.value, pages.bounds, slot_mapping)
 
     def forward(
         self,
@@ -257,9 +185,13 @@ class QuestCPUImpl(CPUAttentionBackendImpl):
             if isinstance(tokens, torch.Tensor):
                 output[tokens] = target
 
-        pages = self._pages(kv_cache)
+        pages = self.pages(kv_cache)
         rows = attn_metadata.rows
-        self._count(rows)
+        if self.dense_reason:
+            rows.counts.add_dense_layer(self.counters, self.dense_reason)
+        else:
+            vector_bytes = self.head_size * kv_cache.element_size()
+            rows.counts.add_sparse_layer(self.counters, self.num_kv_heads, vector_bytes)
         if self.dense_reason or rows.sparse is None:
             assert attn_metadata.whole is not None
             attend_dense(slice(None), attn_metadata.whole)
@@ -271,7 +203,7 @@ class QuestCPUImpl(CPUAttentionBackendImpl):
 
     def _attend_sparse(self, query: torch.Tensor, pages: PageViews, rows: SparseRows) -> torch.Tensor:
         """Score, select, attend: ``[R, Hq, D]``."""
-        config = self.config
+        config, kernels = self.config, self.kernels
         query = query[rows.tokens]
         scores = kernels.score_pages(
             query, pages.bounds, rows.block_table, rows.num_pages, self.scale, config.group_reduce
@@ -289,27 +221,3 @@ class QuestCPUImpl(CPUAttentionBackendImpl):
             config.page_size,
             self.scale,
         )
-
-    def _count(self, rows: BatchRows) -> None:
-        add = self.counters.add
-        add("prefill_tokens_dense", rows.num_prefill_tokens)
-        if self.dense_reason:
-            add(f"decode_rows_dense_{self.dense_reason}", rows.num_decode_rows)
-            return
-        sparse = rows.sparse
-        num_sparse = len(sparse.tokens) if sparse else 0
-        add("decode_rows_dense_context", rows.num_decode_rows - num_sparse)
-        if sparse:
-            bytes_per_channel = self.num_kv_heads * self.head_size * 2 * self.dtype_size
-            add("decode_rows_sparse", num_sparse)
-            add("pages_scored", sparse.pages_in_context * self.num_kv_heads)
-            add("pages_read", sparse.pages_read * self.num_kv_heads)
-            add("bytes_read", (sparse.tokens_read + sparse.pages_in_context) * bytes_per_channel)
-            add("bytes_dense", sparse.tokens_in_context * bytes_per_channel)
-
-    def _pages(self, kv_cache: torch.Tensor) -> PageViews:
-        """The views into this layer's cache, which vLLM binds once."""
-        if self._views is None or self._views[0] != kv_cache.data_ptr():
-            self._views = (kv_cache.data_ptr(), self.layout.views(kv_cache))
-            self.dtype_size = kv_cache.element_size()
-        return self._views[1]

@@ -15,6 +15,9 @@ from vllm_quest.layout import PageLayout
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
+# Why a layer is dense: a counter's suffix, and the words of the start-up line.
+DENSE_REASONS = {"layer": "dense_layers", "window": "sliding window"}
+
 # A child of vLLM's logger: its handlers and level apply.
 logger = init_logger("vllm.plugins.quest")
 
@@ -25,8 +28,8 @@ class LayerPlan:
 
     Attributes:
         sparse: Names of the layers whose decode rows select pages.
-        dense: Names of the others, each with its reason: ``layer`` (one of the first `dense_layers`) or
-            ``window`` (sliding-window attention reads little already).
+        dense: Names of the others, each with its reason, a key of `DENSE_REASONS`: one of the first
+            `dense_layers`, or sliding-window attention, which reads little already.
     """
 
     sparse: tuple[str, ...]
@@ -45,17 +48,17 @@ class LayerPlan:
 
     def log(self, config: QuestConfig, layout: PageLayout, dtype: torch.dtype, num_kv_heads: int) -> None:
         """Logs one line: what is sparse, what is dense and why, and what a page weighs."""
-        window = [name for name, reason in self.dense.items() if reason == "window"]
-        first = [name for name, reason in self.dense.items() if reason == "layer"]
-        dense = [f"{_ranges(first)} dense (dense_layers={config.dense_layers})"] if first else []
-        dense += [f"{_ranges(window)} dense (sliding window)"] if window else []
+        dense = []
+        for reason, words in DENSE_REASONS.items():
+            if names := [name for name, why in self.dense.items() if why == reason]:
+                dense.append(f"layers {_ranges(names)} dense ({words})")
         vector = layout.page_size * layout.head_size * dtype.itemsize
         logger.info(
             "QUEST: layers %s sparse; %s. Budget %d tokens = %d pages of %d (%d first, %d last always), "
             "group_reduce=%s, min_context=%d. Page per KV head (%d here): K %d B, V %d B, bounds %d B; "
             "metadata %.1f %% of the cache.",
             _ranges(self.sparse) or "none",
-            "; ".join(f"layers {part}" for part in dense) or "no layer dense",
+            "; ".join(dense) or "no layer dense",
             config.token_budget,
             config.budget_pages,
             config.page_size,

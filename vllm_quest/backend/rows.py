@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_quest.backend.counting import StepCounts
 from vllm_quest.config import QuestConfig
 
 if TYPE_CHECKING:
@@ -22,20 +23,12 @@ class SparseRows:
         block_table: ``[R, M]`` int32, trimmed to the longest context.
         seq_lens: ``[R]`` int32, tokens that the row may see, itself included.
         num_pages: ``[R]`` int32, pages in that context.
-        tokens_in_context: Sum of `seq_lens`.
-        pages_in_context: Sum of `num_pages`.
-        tokens_read: Tokens that all rows read, per KV head.
-        pages_read: Pages that all rows read, per KV head.
     """
 
     tokens: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     num_pages: torch.Tensor
-    tokens_in_context: int
-    pages_in_context: int
-    tokens_read: int
-    pages_read: int
 
 
 @dataclass(frozen=True)
@@ -45,14 +38,12 @@ class BatchRows:
     Attributes:
         sparse: The rows that select pages; None where no row does.
         dense_requests: ``[n]`` int64, the other requests: prefill, and decode with a short context.
-        num_decode_rows: Query tokens of decoding requests, sparse and dense.
-        num_prefill_tokens: Query tokens of prefilling requests.
+        counts: What the step adds to the counters.
     """
 
     sparse: SparseRows | None
     dense_requests: torch.Tensor
-    num_decode_rows: int
-    num_prefill_tokens: int
+    counts: StepCounts
 
 
 def split_rows(
@@ -78,13 +69,13 @@ def split_rows(
     # A padded or empty request has no rows; it stays with the dense ones, where vLLM's kernel skips it.
     long_enough = (seq_lens > config.token_budget) & (seq_lens >= config.min_context)
     sparse = decodes & long_enough if batch.causal is True else torch.zeros_like(decodes)
-    num_decode_rows = int(query_lens[decodes].sum())
-    return BatchRows(
-        sparse=_rows(batch, sparse, starts, query_lens, config, block_size) if sparse.any() else None,
-        dense_requests=(~sparse).nonzero().flatten(),
-        num_decode_rows=num_decode_rows,
-        num_prefill_tokens=int(query_lens.sum()) - num_decode_rows,
-    )
+    decode_rows = int(query_lens[decodes].sum())
+    counts = StepCounts(prefill_tokens=int(query_lens.sum()) - decode_rows, decode_rows=decode_rows)
+    rows = None
+    if sparse.any():
+        rows = _rows(batch, sparse, starts, query_lens, config, block_size)
+        counts = _count(counts, rows, config)
+    return BatchRows(rows, (~sparse).nonzero().flatten(), counts)
 
 
 def _rows(
@@ -99,19 +90,27 @@ def _rows(
     tokens = token_indices(starts, query_lens, requests.nonzero().flatten())
     after = starts[request + 1] - 1 - tokens  # later tokens of the same request, which this one must not see
     seq_lens = batch.seq_lens.long()[request] - after
-    num_pages = -(-seq_lens // config.page_size)
-    pages_read = num_pages.clamp(max=config.budget_pages)
-    unfilled = num_pages * config.page_size - seq_lens
     blocks = -(-int(seq_lens.max()) // block_size)
     return SparseRows(
         tokens=tokens,
         block_table=batch.block_table_tensor[request, :blocks],
         seq_lens=seq_lens.int(),
-        num_pages=num_pages.int(),
-        tokens_in_context=int(seq_lens.sum()),
-        pages_in_context=int(num_pages.sum()),
-        tokens_read=int((pages_read * config.page_size - unfilled).sum()),
+        num_pages=(-(-seq_lens // config.page_size)).int(),
+    )
+
+
+def _count(counts: StepCounts, rows: SparseRows, config: QuestConfig) -> StepCounts:
+    pages_read = rows.num_pages.clamp(max=config.budget_pages)
+    unfilled = (
+        rows.num_pages * config.page_size - rows.seq_lens
+    )  # slots of the last page, which is always read
+    return replace(
+        counts,
+        sparse_rows=len(rows.tokens),
+        pages_in_context=int(rows.num_pages.sum()),
         pages_read=int(pages_read.sum()),
+        tokens_in_context=int(rows.seq_lens.sum()),
+        tokens_read=int((pages_read * config.page_size - unfilled).sum()),
     )
 
 
