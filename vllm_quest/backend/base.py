@@ -1,0 +1,117 @@
+"""What the backends of all devices share: what they support, and where a layer's pages lie.
+
+The classes here are mixed into vLLM's own backend of a device, which attends to the dense rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from vllm_quest.backend.support import explain, refusal
+from vllm_quest.config import QuestConfig, current_config
+from vllm_quest.layout import PageLayout, PageViews
+from vllm_quest.registration import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+class QuestBackend:
+    """What QUEST supports on any device; mixed into a subclass of vLLM's `AttentionBackend`."""
+
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        """The name under which vLLM selects this backend."""
+        return BACKEND_NAME
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Enlarges the KV block by the bounds of its pages."""
+        if spec.state_content_bytes is not None:
+            return spec
+        content = PageLayout.content_size(current_config().page_size, spec.head_size)
+        return replace(spec, state_content_bytes=content * spec.dtype.itemsize)
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoder self-attention only."""
+        return attn_type == "decoder"
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        """K, V and the bounds share the model's dtype."""
+        return kv_cache_dtype in (None, "auto")
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """A decode row sees its whole context, no more."""
+        return False
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """A sink is a logit without a key."""
+        return False
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """Why this backend cannot run a layer; empty where it can."""
+        return [explain(reason) for reason in super().validate_configuration(*args, **kwargs)]  # type: ignore[misc]
+
+
+class QuestImpl:
+    """The cache of one layer, and its update; mixed into a subclass of vLLM's `AttentionImpl`.
+
+    Attributes:
+        kernels: The four operations of this device.
+        config: The engine's configuration.
+        layout: The cut of this layer's blocks.
+        dense_reason: Why this layer is dense, a key of `layers.DENSE_REASONS`; None for a sparse layer.
+    """
+
+    kernels: ClassVar[ModuleType]
+    config: QuestConfig
+    layout: PageLayout
+    dense_reason: str | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        current_config()  # remembered for customize_spec, which vLLM calls outside its configuration context
+        unsupported = {
+            "ALiBi": getattr(self, "alibi_slopes", None) is not None,
+            "logits soft cap": bool(getattr(self, "logits_soft_cap", None)),
+            "attention sinks": getattr(self, "sinks", None) is not None,
+        }
+        if any(unsupported.values()):
+            raise refusal([explain(feature) for feature, used in unsupported.items() if used])
+        self._views: tuple[int, PageViews] | None = None
+
+    def start(self, config: QuestConfig, layout: PageLayout, dense_reason: str | None) -> None:
+        """Called once by the builder, which owns these decisions; see the attributes."""
+        self.config, self.layout, self.dense_reason = config, layout, dense_reason
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Stores K, V and, in a sparse layer, the bounds of the touched pages; see vLLM's base class."""
+        pages = self.pages(kv_cache)
+        if self.dense_reason:
+            super().do_kv_cache_update(layer, key, value, pages.kv, slot_mapping)  # type: ignore[misc]
+        else:
+            self.kernels.store(key, value, pages.key, pages.value, pages.bounds, slot_mapping)
+
+    def pages(self, kv_cache: torch.Tensor) -> PageViews:
+        """The views into this layer's cache, which vLLM binds once."""
+        if self._views is None or self._views[0] != kv_cache.data_ptr():
+            self._views = (kv_cache.data_ptr(), self.layout.views(kv_cache))
+        return self._views[1]

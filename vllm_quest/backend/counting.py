@@ -1,0 +1,58 @@
+"""What a step adds to the counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_quest.metrics import CounterFile
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """One step of one KV group, on one rank.
+
+    Attributes:
+        prefill_tokens: Query tokens of prefilling requests.
+        decode_rows: Query tokens of decoding requests.
+        sparse_rows: Those of them that select pages in a sparse layer.
+        pages_in_context: Pages of the sparse rows' contexts.
+        pages_read: Pages that the sparse rows read, per KV head.
+        tokens_in_context: Tokens of the sparse rows' contexts.
+        tokens_read: Tokens that the sparse rows read, per KV head.
+    """
+
+    prefill_tokens: int
+    decode_rows: int
+    sparse_rows: int = 0
+    pages_in_context: int = 0
+    pages_read: int = 0
+    tokens_in_context: int = 0
+    tokens_read: int = 0
+
+    def add_dense_layer(self, counters: CounterFile, reason: str, layers: int = 1) -> None:
+        """Counts `layers` layers that were dense for `reason`, a key of `layers.DENSE_REASONS`."""
+        counters.add("prefill_tokens_dense", layers * self.prefill_tokens)
+        counters.add(f"decode_rows_dense_{reason}", layers * self.decode_rows)
+
+    def add_sparse_layer(
+        self, counters: CounterFile, num_kv_heads: int, vector_bytes: int, layers: int = 1
+    ) -> None:
+        """Counts `layers` layers whose sparse rows selected pages.
+
+        Args:
+            counters: The worker's.
+            num_kv_heads: KV heads of this rank.
+            vector_bytes: Bytes of one K, V, kmin or kmax vector: head size times bytes per element.
+            layers: How many such layers.
+        """
+        heads = layers * num_kv_heads
+        counters.add("prefill_tokens_dense", layers * self.prefill_tokens)
+        counters.add("decode_rows_dense_context", layers * (self.decode_rows - self.sparse_rows))
+        if self.sparse_rows:
+            counters.add("decode_rows_sparse", layers * self.sparse_rows)
+            counters.add("pages_scored", heads * self.pages_in_context)
+            counters.add("pages_read", heads * self.pages_read)
+            # Two vectors each: K and V of a token, kmin and kmax of a page.
+            read = self.tokens_read + self.pages_in_context
+            counters.add("bytes_read", heads * read * 2 * vector_bytes)
+            counters.add("bytes_dense", heads * self.tokens_in_context * 2 * vector_bytes)
