@@ -38,7 +38,7 @@ def engine(model: str) -> Iterator[Engine]:
                 "enforce_eager": True,
                 "max_model_len": 4096,
                 "max_num_seqs": 8,
-                "kv_cache_memory_bytes": 1 << 29,
+                "kv_cache_memory_bytes": 1 << 28,
                 "distributed_executor_backend": "uni",
                 "disable_log_stats": False,
                 "attention_backend": "CPU_ATTN" if quest is None else "QUEST",

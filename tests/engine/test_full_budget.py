@@ -8,19 +8,11 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests.engine.running import generate_all, metric
+
 pytestmark = pytest.mark.engine
 
 COVERS_ALL = {"token_budget": 4096}
-
-
-def generate(llm, prompts: list[list[int]], params) -> list[list[tuple[int, ...]]]:
-    """Token ids of every sample of every prompt."""
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-    return [[tuple(sample.token_ids) for sample in output.outputs] for output in outputs]
-
-
-def metric(llm, name: str) -> float:
-    return sum(m.value for m in llm.get_metrics() if m.name == name)
 
 
 def test_twenty_prompts_with_chunks_prefix_hits_and_preemption(engine, prose) -> None:
@@ -33,7 +25,7 @@ def test_twenty_prompts_with_chunks_prefix_hits_and_preemption(engine, prose) ->
     # 17 blocks of 128 tokens for eight requests at a time: too few, so that some are preempted.
     tight = {"num_gpu_blocks_override": 17, "max_num_batched_tokens": 256, "max_model_len": 1536}
     dense, quest = engine(**tight), engine(COVERS_ALL, **tight)
-    assert generate(quest, prompts, params) == generate(dense, prompts, params)
+    assert generate_all(quest, prompts, params) == generate_all(dense, prompts, params)
     for llm in (dense, quest):
         assert metric(llm, "vllm:num_preemptions") > 0
         assert metric(llm, "vllm:prefix_cache_hits") > 0
@@ -58,18 +50,18 @@ def test_twenty_prompts_with_chunks_prefix_hits_and_preemption(engine, prose) ->
 )
 def test_sampling_features(engine, prose, params) -> None:
     prompts = [prose[:5], prose[100:1100], prose[3000:3063], prose[4000:4500]]
-    expected = generate(engine(), prompts, params)
-    assert generate(engine(COVERS_ALL), prompts, params) == expected
+    expected = generate_all(engine(), prompts, params)
+    assert generate_all(engine(COVERS_ALL), prompts, params) == expected
     assert all(len(samples) == params.n and all(samples) for samples in expected)
 
 
 def test_page_size_and_block_size_are_independent(engine, prose) -> None:
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     prompts = [prose[:200], prose[500:1500]]
-    expected = generate(engine(), prompts, params)
+    expected = generate_all(engine(), prompts, params)
     for page_size, block_size in [(8, 32), (64, 64), (32, 96)]:
         llm = engine(COVERS_ALL | {"page_size": page_size}, block_size=block_size)
-        assert generate(llm, prompts, params) == expected
+        assert generate_all(llm, prompts, params) == expected
 
 
 def test_abort_leaves_the_others_alone(engine, prose) -> None:
