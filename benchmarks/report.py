@@ -65,7 +65,7 @@ def judge(questions: tuple[Question, ...], dense: EngineRun, quest: EngineRun) -
 def figures(dense: EngineRun, quest: EngineRun, page_size: int) -> list[Figure]:
     """The table's rows; medians where there are repeats."""
     shares = read_shares(quest.counters)
-    layout = PageLayout(quest.block_size, page_size, quest.head_size, key_is_channel_major=True)
+    layout = PageLayout(quest.block_size, page_size, quest.head_size, for_cpu=True)
     speeds = median(dense.tokens_per_s), median(quest.tokens_per_s)
     attention_ms = [median(run.attention_ms) if run.attention_ms else None for run in (dense, quest)]
     return [

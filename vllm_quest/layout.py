@@ -3,9 +3,11 @@
 vLLM hands every layer a cache ``[num_blocks, num_kv_heads, block_size, C]`` in the layout LBHNC, so that the
 ``block_size * C`` elements of one (block, KV head) are one contiguous run. QUEST enlarges C and cuts the run:
 
-    | K  block_size x head_size | V  block_size x head_size | kmin, kmax of page 0 | of page 1 | ... | pad |
+    CPU   | K [D, N] | V [N, D]            | kmin, kmax of page 0 | of page 1 | ... | padding |
+    GPU   | K, V of token 0 | of token 1 | ... | kmin, kmax of page 0 | of page 1 | ... | padding |
 
-Whatever moves blocks (prefix caching, preemption, KV transfer) moves the bounds with them.
+The first part is what the device's dense kernels expect of a cache without bounds. Whatever moves blocks (prefix
+caching, preemption, KV transfer) moves the bounds with them.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ class PageLayout:
         block_size: Tokens per block, N.
         page_size: Tokens per page; divides `block_size`.
         head_size: Channels per head, D.
-        key_is_channel_major: K lies as ``[D, N]`` (vLLM's CPU kernels) instead of ``[N, D]``.
+        for_cpu: K lies as ``[D, N]`` before V (vLLM's CPU kernels), instead of beside V token by token.
     """
 
     block_size: int
     page_size: int
     head_size: int
-    key_is_channel_major: bool
+    for_cpu: bool
 
     def __post_init__(self) -> None:
         if self.block_size % self.page_size:
@@ -91,10 +93,10 @@ class PageLayout:
         def cut(offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
             return kv_cache.as_strided((blocks, heads, *shape), (*run, *stride), start + offset)
 
-        key_stride = (1, size) if self.key_is_channel_major else (dim, 1)
+        token_stride = dim if self.for_cpu else 2 * dim
         return PageViews(
-            key=cut(0, (size, dim), key_stride),
-            value=cut(size * dim, (size, dim), (dim, 1)),
+            key=cut(0, (size, dim), (1, size) if self.for_cpu else (token_stride, 1)),
+            value=cut(size * dim if self.for_cpu else dim, (size, dim), (token_stride, 1)),
             bounds=cut(2 * size * dim, (pages, 2, dim), (2 * dim, dim, 1)),
             kv=cut(0, (size, 2 * dim), (2 * dim, 1)),
         )

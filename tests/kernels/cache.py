@@ -21,10 +21,10 @@ class PagedCache:
         page_size: int = 8,
         head_size: int = 32,
         dtype: torch.dtype = torch.float32,
-        channel_major: bool = True,
+        for_cpu: bool = True,
         seed: int = 0,
     ) -> None:
-        self.layout = PageLayout(block_size, page_size, head_size, channel_major)
+        self.layout = PageLayout(block_size, page_size, head_size, for_cpu)
         content = PageLayout.content_size(page_size, head_size)
         self.cache = torch.full((num_blocks, num_kv_heads, block_size, content), torch.nan, dtype=dtype)
         self.pages = self.layout.views(self.cache)

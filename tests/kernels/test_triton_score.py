@@ -19,7 +19,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-4}
 
 def rows_of(lengths, heads=2, **kwargs):
     """A NaN-poisoned cache with requests of these lengths: their bounds, block table and page counts."""
-    cache = PagedCache(num_blocks=90, num_kv_heads=heads, channel_major=False, **kwargs)
+    cache = PagedCache(num_blocks=90, num_kv_heads=heads, for_cpu=False, **kwargs)
     requests = [cache.new_request() for _ in lengths]
     cache.append(reference.store, dict(zip(requests, lengths, strict=True)))
     table, _, num_pages = cache.rows(requests)

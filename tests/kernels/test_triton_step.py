@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 @pytest.mark.parametrize("group_reduce", ["max", "softmax_mean"])
 def test_steps_share_one_workspace(group_reduce) -> None:
     cache = PagedCache(
-        num_kv_heads=HEADS, block_size=16, page_size=8, head_size=64, dtype=DTYPES[0], channel_major=False
+        num_kv_heads=HEADS, block_size=16, page_size=8, head_size=64, dtype=DTYPES[0], for_cpu=False
     )
     requests = [cache.new_request() for _ in range(3)]
     cache.append(store, dict(zip(requests, [130, 9, 62], strict=True)))

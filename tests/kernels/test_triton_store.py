@@ -34,7 +34,7 @@ def store(key, value, key_cache, value_cache, bounds, slot_mapping) -> None:
 
 
 def new_cache(**kwargs) -> PagedCache:
-    return PagedCache(channel_major=False, **kwargs)
+    return PagedCache(for_cpu=False, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_no_tokens_and_only_padding_write_nothing() -> None:
 
 
 def test_what_the_kernel_relies_on_is_checked() -> None:
-    cache = PagedCache(channel_major=True)
+    cache = PagedCache(for_cpu=True)
     with pytest.raises(ValueError, match="key_cache, value_cache: strides"):
         cache.append(triton.store, {cache.new_request(): 1})
     cache = new_cache(dtype=torch.float16)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from vllm_quest.config import QuestConfig
 from vllm_quest.metrics import CounterFile
 
 
@@ -23,11 +26,30 @@ class StepCounts:
 
     prefill_tokens: int
     decode_rows: int
-    sparse_rows: int = 0
-    pages_in_context: int = 0
-    pages_read: int = 0
-    tokens_in_context: int = 0
-    tokens_read: int = 0
+    sparse_rows: int
+    pages_in_context: int
+    pages_read: int
+    tokens_in_context: int
+    tokens_read: int
+
+    @classmethod
+    def of(
+        cls, config: QuestConfig, prefill_tokens: int, decode_rows: int, sparse_lens: torch.Tensor
+    ) -> StepCounts:
+        """The counts of a step whose sparse rows see `sparse_lens`, ``[R]`` on the host, tokens each."""
+        seq_lens = sparse_lens.long()
+        num_pages = -(-seq_lens // config.page_size)
+        pages_read = num_pages.clamp(max=config.budget_pages)
+        unfilled = num_pages * config.page_size - seq_lens  # slots of the last page, which is always read
+        return cls(
+            prefill_tokens=prefill_tokens,
+            decode_rows=decode_rows,
+            sparse_rows=len(seq_lens),
+            pages_in_context=int(num_pages.sum()),
+            pages_read=int(pages_read.sum()),
+            tokens_in_context=int(seq_lens.sum()),
+            tokens_read=int((pages_read * config.page_size - unfilled).sum()),
+        )
 
     def add_dense_layer(self, counters: CounterFile, reason: str, layers: int = 1) -> None:
         """Counts `layers` layers that were dense for `reason`, a key of `layers.DENSE_REASONS`."""

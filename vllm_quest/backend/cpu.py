@@ -91,7 +91,7 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             block_size=self.block_size,
             page_size=self.config.page_size,
             head_size=self.head_dim,
-            key_is_channel_major=True,
+            for_cpu=True,
         )
         # Only these two of vLLM's CPU kernels keep K as plain [D, N]; AMX, for one, packs it.
         self.isa = "vec" if self.head_dim % 32 == 0 else "vec16"

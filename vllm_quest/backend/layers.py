@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,11 @@ class LayerPlan:
             elif extract_layer_index(name) < config.dense_layers:
                 dense[name] = "layer"
         return cls(tuple(name for name in layers if name not in dense), dense)
+
+    @property
+    def dense_counts(self) -> dict[str, int]:
+        """How many layers are dense, by reason."""
+        return dict(Counter(self.dense.values()))
 
     def log(self, config: QuestConfig, layout: PageLayout, dtype: torch.dtype, num_kv_heads: int) -> None:
         """Logs one line: what is sparse, what is dense and why, and what a page weighs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,11 +70,13 @@ def split_rows(
     long_enough = (seq_lens > config.token_budget) & (seq_lens >= config.min_context)
     sparse = decodes & long_enough if batch.causal is True else torch.zeros_like(decodes)
     decode_rows = int(query_lens[decodes].sum())
-    counts = StepCounts(prefill_tokens=int(query_lens.sum()) - decode_rows, decode_rows=decode_rows)
-    rows = None
-    if sparse.any():
-        rows = _rows(batch, sparse, starts, query_lens, config, block_size)
-        counts = _count(counts, rows, config)
+    rows = _rows(batch, sparse, starts, query_lens, config, block_size) if sparse.any() else None
+    counts = StepCounts.of(
+        config,
+        prefill_tokens=int(query_lens.sum()) - decode_rows,
+        decode_rows=decode_rows,
+        sparse_lens=rows.seq_lens if rows else torch.empty(0),
+    )
     return BatchRows(rows, (~sparse).nonzero().flatten(), counts)
 
 
@@ -96,21 +98,6 @@ def _rows(
         block_table=batch.block_table_tensor[request, :blocks],
         seq_lens=seq_lens.int(),
         num_pages=(-(-seq_lens // config.page_size)).int(),
-    )
-
-
-def _count(counts: StepCounts, rows: SparseRows, config: QuestConfig) -> StepCounts:
-    pages_read = rows.num_pages.clamp(max=config.budget_pages)
-    unfilled = (
-        rows.num_pages * config.page_size - rows.seq_lens
-    )  # slots of the last page, which is always read
-    return replace(
-        counts,
-        sparse_rows=len(rows.tokens),
-        pages_in_context=int(rows.num_pages.sum()),
-        pages_read=int(pages_read.sum()),
-        tokens_in_context=int(rows.seq_lens.sum()),
-        tokens_read=int((pages_read * config.page_size - unfilled).sum()),
     )
 
 

@@ -33,7 +33,7 @@ def warm_up(
         dtype: Of the model and its cache.
         group_reduce: As in the configuration.
     """
-    layout = PageLayout(block_size, page_size, head_size, key_is_channel_major=True)
+    layout = PageLayout(block_size, page_size, head_size, for_cpu=True)
     content = layout.content_size(page_size, head_size)
     views = layout.views(torch.zeros(1, num_kv_heads, block_size, content, dtype=dtype))
     query = torch.zeros(1, num_heads, head_size, dtype=dtype)

@@ -68,6 +68,7 @@ def _attend_kernel(
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr,
@@ -103,7 +104,7 @@ def _attend_kernel(
         token = page * PAGE_SIZE + slot % PAGE_SIZE
         visible = (page >= 0) & (token < seq_len)
         block = tl.load(block_table + token // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
-        offset = (block * stride_block + (token % BLOCK_SIZE) * HEAD_SIZE)[:, None] + channel
+        offset = (block * stride_block + (token % BLOCK_SIZE) * TOKEN_STRIDE)[:, None] + channel
         loaded = visible[:, None] & (channel < HEAD_SIZE)
         key = tl.load(key_cache + offset, mask=loaded, other=0.0).to(DOT)
         logits = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
@@ -152,7 +153,7 @@ def attend_pages(
 
     Args:
         query: ``[R, Hq, D]``, contiguous in D; Hq / H at most 16.
-        key_cache: ``[B, H, N, D]``, token-major: each ``[N, D]`` contiguous.
+        key_cache: ``[B, H, N, D]``, contiguous in D.
         value_cache: ``[B, H, N, D]``, with the strides of `key_cache`.
         block_table: ``[R, M]`` int32; only entries of selected pages are read.
         seq_lens: ``[R]`` int32; the last page may be partly filled. 0 for the padding rows of a CUDA graph.
@@ -211,6 +212,7 @@ def attend_pages(
         GROUP=group,
         HEAD_SIZE=head_size,
         HEAD_PAD=triton.next_power_of_2(head_size),
+        TOKEN_STRIDE=key_cache.stride(2),
         BLOCK_SIZE=block_size,
         PAGE_SIZE=page_size,
         TILE=choice.tile,

@@ -132,11 +132,11 @@ def check_group(num_heads: int, num_kv_heads: int) -> int:
 
 def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: int) -> None:
     """ValueError where K and V do not lie as a token-major `PageLayout` puts them."""
-    block_size, head_size = key_cache.shape[2:]
+    block_size = key_cache.shape[2]
     if page_size & (page_size - 1) or block_size % page_size:
         raise ValueError(f"page_size: {page_size}; allowed: a power of two that divides {block_size}")
-    if key_cache.stride()[2:] != (head_size, 1) or value_cache.stride() != key_cache.stride():
+    if key_cache.stride(3) != 1 or value_cache.stride() != key_cache.stride():
         raise ValueError(
             f"key_cache, value_cache: strides {key_cache.stride()} and {value_cache.stride()}; needed: the "
-            f"same, and each [N, D] contiguous"
+            f"same, and contiguous in D"
         )

@@ -50,7 +50,7 @@ def _softmax_mean(
         norm = norm * tl.exp2((peak - new_peak) * scale_log2)
         norm += tl.sum(split_norm * tl.exp2((split_peak - new_peak[None, :]) * scale_log2), 0)
         peak = new_peak
-    TILE: tl.constexpr = 4096 // GROUP_POW2
+    TILE: tl.constexpr = 2048 // GROUP_POW2
     for start in tl.range(0, total, TILE, num_stages=3):
         page = start + tl.arange(0, TILE)
         known = (page < total)[:, None] & (head < GROUP)

@@ -33,6 +33,7 @@ def _store_page(
     stride_block,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
@@ -49,7 +50,7 @@ def _store_page(
     channel = tl.arange(0, HEAD_PAD)
     in_head = channel < HEAD_SIZE
     block = slot // BLOCK_SIZE * stride_block
-    cached = block + (first_position + position)[:, None] * HEAD_SIZE + channel
+    cached = block + (first_position + position)[:, None] * TOKEN_STRIDE + channel
     new = fresh[:, None] & in_head
     old = (written & (source_slot != slot - back))[:, None] & in_head
     new_key = tl.load(key + source[:, None] * stride_key + channel, mask=new, other=0.0)
@@ -83,6 +84,7 @@ def _store_kernel(
     stride_kv_head,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -113,6 +115,7 @@ def _store_kernel(
             stride_block,
             HEAD_SIZE,
             HEAD_PAD,
+            TOKEN_STRIDE,
             BLOCK_SIZE,
             PAGE_SIZE,
         )
@@ -135,7 +138,7 @@ def store(
     Args:
         key: ``[T, H, D]``, the cache's dtype, contiguous in D.
         value: ``[T, H, D]``, likewise.
-        key_cache: ``[B, H, N, D]``, token-major: each ``[N, D]`` contiguous; written.
+        key_cache: ``[B, H, N, D]``, contiguous in D; written.
         value_cache: ``[B, H, N, D]``, with the strides of `key_cache`; written.
         bounds: ``[B, H, P, 2, D]``, kmin and kmax of each page, with the block and head strides of
             `key_cache`; written. A page holds a power of two of tokens.
@@ -174,6 +177,7 @@ def store(
         key_cache.stride(1),
         HEAD_SIZE=head_size,
         HEAD_PAD=head_pad,
+        TOKEN_STRIDE=key_cache.stride(2),
         BLOCK_SIZE=block_size,
         PAGE_SIZE=page_size,
         TOKENS=tokens,

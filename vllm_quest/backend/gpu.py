@@ -1,0 +1,316 @@
+"""QUEST on GPUs: vLLM's own dense backend for prefill, page selection for decode rows.
+
+Nothing here reads a length on the host, and everything a decode step uses lies in buffers that stay where
+they are: a whole decode step can be captured in a CUDA graph. The classes are mixed into those of vLLM's dense
+backends, FlashAttention on CUDA and Triton's elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionLayer,
+    CommonAttentionMetadata,
+    MultipleOf,
+    max_decode_query_len,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_quest.backend.base import QuestBackend, QuestImpl
+from vllm_quest.backend.counting import StepCounts
+from vllm_quest.backend.layers import LayerPlan
+from vllm_quest.config import QuestConfig, QuestConfigError
+from vllm_quest.kernels import triton as kernels
+from vllm_quest.layout import PageLayout, PageViews
+from vllm_quest.metrics import CounterFile
+
+# Entries by which vLLM may round up the width of a block table: 128 tokens of the smallest block.
+MAX_BLOCK_PADDING = 8
+
+
+class QuestGPUBackend(QuestBackend):
+    """What QUEST supports on a GPU; mixed into vLLM's dense backend."""
+
+    forward_includes_kv_cache_update: ClassVar[bool] = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Up to 256 channels, in steps that keep every vector aligned to 16 bytes."""
+        return 16 <= head_size <= 256 and head_size % 16 == 0
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Any block that vLLM's dense kernels take."""
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """The tokens of one (block, KV head) must be one contiguous run."""
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The query tokens of decoding requests, the first of the batch; all of them select pages.
+
+    Attributes:
+        block_table: ``[R, M]`` int32.
+        seq_lens: ``[R]`` int32, tokens that each row may see; 0 for the padding rows of a CUDA graph.
+        num_pages: ``[R]`` int32, pages in that context.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    num_pages: torch.Tensor
+
+
+@dataclass(frozen=True)
+class QuestGPUMetadata:
+    """One step, for all layers of a KV group.
+
+    Attributes:
+        decode: The decode rows; None where every request prefills.
+        prefill: vLLM's metadata of the prefilling requests alone; None where every request decodes.
+        whole: vLLM's metadata of the whole batch, for dense layers; None where no layer needs it.
+    """
+
+    decode: DecodeRows | None
+    prefill: Any
+    whole: Any
+
+
+class QuestGPUMetadataBuilder:
+    """Prepares a step without asking the GPU for anything; mixed into vLLM's dense builder.
+
+    The batch comes with the decoding requests first. All their rows run the same kernels: a context that the
+    budget covers is read whole, at what dense attention reads plus its bounds.
+
+    Attributes:
+        dense_builder: vLLM's dense builder, as a class.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_update_block_table: ClassVar[bool] = False
+    dense_builder: ClassVar[type]
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self.supports_draft_decode_metadata_update = False
+        # A builder of its own: vLLM's keeps the schedule of its last batch in one persistent buffer.
+        self.prefill_builder = self.dense_builder(kv_cache_spec, layer_names, vllm_config, device)
+        self.config = QuestConfig.from_vllm_config(vllm_config)
+        if self.config.min_context > self.config.token_budget:
+            raise QuestConfigError(
+                "min_context", f"{self.config.min_context}", "at most token_budget on a GPU"
+            )
+        self.spec = kv_cache_spec
+        self.max_query_len = max_decode_query_len(vllm_config)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # type: ignore[attr-defined]
+        graph_rows = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self.max_rows = max(vllm_config.scheduler_config.max_num_seqs * self.max_query_len, graph_rows)
+        self.row_lens = torch.zeros(self.max_rows, dtype=torch.int32, device=device)
+        self.row_pages = torch.zeros(self.max_rows, dtype=torch.int32, device=device)
+        self.row_blocks: torch.Tensor | None = None  # of rows that are not requests: speculation
+        self.counters = CounterFile()
+        self._start_layers(
+            get_layers_from_vllm_config(vllm_config, Attention, layer_names), vllm_config, device
+        )
+
+    def _start_layers(
+        self, layers: dict[str, Attention], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        """Decides which layers are sparse, and gives them what they share."""
+        spec, config = self.spec, self.config
+        layout = PageLayout(spec.block_size, config.page_size, spec.head_size, for_cpu=False)
+        self.plan = LayerPlan.of(layers, config)
+        self.plan.log(config, layout, spec.dtype, spec.num_kv_heads)
+        max_blocks = spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
+        workspace = kernels.Workspace.for_decode(
+            max_rows=self.max_rows,
+            num_heads=next(iter(layers.values())).num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            # vLLM rounds the width of the block table up.
+            max_pages=(max_blocks + MAX_BLOCK_PADDING) * layout.pages_per_block,
+            budget_pages=config.budget_pages,
+            page_size=config.page_size,
+            group_reduce=config.group_reduce,
+            device=device,
+        )
+        for name, layer in layers.items():
+            layer.impl.start(config, layout, self.plan.dense.get(name))
+            layer.impl.workspace = workspace
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> QuestGPUMetadata:
+        """Prepares one step; see vLLM's base class."""
+        return self._build(common_attn_metadata, fast_build, is_counted=True)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> QuestGPUMetadata:
+        """As `build`, for a step that nobody asked for."""
+        return self._build(common_attn_metadata, fast_build=False, is_counted=False)
+
+    def _build(self, batch: CommonAttentionMetadata, fast_build: bool, is_counted: bool) -> QuestGPUMetadata:
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
+            batch,
+            self.reorder_batch_threshold,  # type: ignore[attr-defined]
+        )
+        request, after = self._rows(batch, decodes, decode_tokens)
+        if is_counted:
+            self._count(batch, request, after)
+        prefill = None
+        if prefills:
+            prefill = self.prefill_builder.build(0, _tail(batch, decodes, decode_tokens), fast_build)
+        return QuestGPUMetadata(
+            decode=self._decode_rows(batch, request, after) if decode_tokens else None,
+            prefill=prefill,
+            whole=super().build(0, batch, fast_build) if self.plan.dense else None,  # type: ignore[misc]
+        )
+
+    def _rows(
+        self, batch: CommonAttentionMetadata, decodes: int, decode_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's request, and how many later tokens of that request it must not see; on the host."""
+        query_lens = batch.query_start_loc_cpu[: decodes + 1].diff()
+        if int(query_lens.sum()) < decode_tokens:  # a CUDA graph's padding: requests of no length
+            query_lens = torch.full_like(query_lens, decode_tokens // decodes)
+        request = torch.arange(decodes).repeat_interleave(query_lens)
+        ends = query_lens.cumsum(0)
+        return request, ends[request] - 1 - torch.arange(decode_tokens)
+
+    def _decode_rows(
+        self, batch: CommonAttentionMetadata, request: torch.Tensor, after: torch.Tensor
+    ) -> DecodeRows:
+        rows = len(request)
+        seq_lens, block_table = batch.seq_lens[:rows], batch.block_table_tensor[:rows]
+        if int(after.max()):
+            request, after = request.to(seq_lens.device), after.to(seq_lens.device)
+            if self.row_blocks is None:
+                self.row_blocks = block_table.new_zeros(self.max_rows, block_table.shape[1])
+            torch.index_select(batch.block_table_tensor, 0, request, out=self.row_blocks[:rows])
+            block_table = self.row_blocks[:rows]
+            seq_lens = (batch.seq_lens[request] - after).clamp(min=0).int()
+        self.row_lens[:rows] = seq_lens
+        self.row_pages[:rows] = (seq_lens + self.config.page_size - 1) // self.config.page_size
+        return DecodeRows(block_table, self.row_lens[:rows], self.row_pages[:rows])
+
+    def _count(self, batch: CommonAttentionMetadata, request: torch.Tensor, after: torch.Tensor) -> None:
+        """Counts the step on the host; lengths are vLLM's upper bounds, exact but for asynchronous drafts."""
+        assert batch.seq_lens_cpu_upper_bound is not None
+        lens = (batch.seq_lens_cpu_upper_bound[request] - after).clamp(min=0)
+        prefill_tokens = int(batch.query_start_loc_cpu[-1]) - len(request)
+        counts = StepCounts.of(
+            self.config,
+            prefill_tokens=max(prefill_tokens, 0),
+            decode_rows=int((lens > 0).sum()),
+            sparse_lens=lens[lens > self.config.token_budget],
+        )
+        for reason, layers in self.plan.dense_counts.items():
+            counts.add_dense_layer(self.counters, reason, layers)
+        vector_bytes = self.spec.head_size * self.spec.dtype.itemsize
+        counts.add_sparse_layer(self.counters, self.spec.num_kv_heads, vector_bytes, len(self.plan.sparse))
+
+
+def _tail(batch: CommonAttentionMetadata, requests: int, tokens: int) -> CommonAttentionMetadata:
+    """The batch without its first `requests` requests and `tokens` query tokens."""
+    return batch.replace(
+        query_start_loc=batch.query_start_loc[requests:] - tokens,
+        query_start_loc_cpu=batch.query_start_loc_cpu[requests:] - tokens,
+        seq_lens=batch.seq_lens[requests:],
+        num_reqs=batch.num_reqs - requests,
+        num_actual_tokens=batch.num_actual_tokens - tokens,
+        block_table_tensor=batch.block_table_tensor[requests:],
+        slot_mapping=batch.slot_mapping[tokens:],
+    )
+
+
+class QuestGPUImpl(QuestImpl):
+    """Per layer and step: vLLM's kernel for prefill; score, select and attend for decode."""
+
+    kernels: ClassVar[ModuleType] = kernels
+    workspace: kernels.Workspace
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: QuestGPUMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends; shapes as in vLLM's class, but for `kv_cache`, which `PageLayout` describes."""
+        if attn_metadata is None:  # vLLM's profiling run
+            return output.fill_(0)
+        attend = partial(
+            super().forward, layer, output_scale=output_scale, output_block_scale=output_block_scale
+        )
+        pages = self.pages(kv_cache)
+        if self.dense_reason:
+            return attend(query, key, value, pages.kv, attn_metadata.whole, output)
+        decode_tokens = 0
+        if attn_metadata.decode is not None:
+            decode_tokens = len(attn_metadata.decode.seq_lens)
+            self._attend_sparse(query[:decode_tokens], pages, attn_metadata.decode, output[:decode_tokens])
+        if attn_metadata.prefill is not None:
+            rest = (tensor[decode_tokens:] for tensor in (query, key, value))
+            attend(*rest, pages.kv, attn_metadata.prefill, output[decode_tokens:])
+        return output
+
+    def _attend_sparse(
+        self, query: torch.Tensor, pages: PageViews, rows: DecodeRows, output: torch.Tensor
+    ) -> None:
+        """Score, select, attend: three launches."""
+        config, workspace = self.config, self.workspace
+        scores = self.kernels.score_pages(
+            query,
+            pages.bounds,
+            rows.block_table,
+            rows.num_pages,
+            self.scale,
+            config.group_reduce,
+            workspace=workspace,
+        )
+        page_indices = self.kernels.select_pages(
+            scores,
+            rows.num_pages,
+            config.budget_pages,
+            config.sink_pages,
+            config.recent_pages,
+            workspace=workspace,
+        )
+        self.kernels.attend_pages(
+            query,
+            pages.key,
+            pages.value,
+            rows.block_table,
+            rows.seq_lens,
+            page_indices,
+            config.page_size,
+            self.scale,
+            out=output,
+            workspace=workspace,
+        )
