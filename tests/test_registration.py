@@ -6,11 +6,15 @@ import pickle
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
+import pytest
 import vllm.platforms
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import vllm_quest
+from vllm_quest.registration import backend_path
 
 
 def test_entry_points_are_installed() -> None:
@@ -54,3 +58,21 @@ def test_the_platform_is_vllms_own_but_for_three_methods() -> None:
     assert isinstance(current_platform, CpuPlatform)
     own = {name for name in vars(type(current_platform)) if not name.startswith("_")}
     assert own == {"check_and_update_config", "get_attn_backend_cls", "register_triton_kernel_overrides"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "path"),
+    [
+        ("cuda", "vllm_quest.backend.cuda.QuestCUDABackend"),
+        ("rocm", "vllm_quest.backend.rocm.QuestROCmBackend"),
+        ("cpu", None),  # vLLM's own CPU platform, not ours: it would take the name and attend densely
+        ("tpu", None),
+    ],
+)
+def test_the_backend_of_each_platform(monkeypatch, platform, path) -> None:
+    kinds = {f"is_{name}": (lambda name=name: name == platform) for name in ("cpu", "cuda", "rocm")}
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm.platforms, "current_platform", SimpleNamespace(**kinds))
+        assert backend_path() == path
+    if path:
+        assert resolve_obj_by_qualname(path).get_name() == "QUEST"

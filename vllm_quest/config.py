@@ -91,16 +91,18 @@ class QuestConfig:
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> QuestConfig:
-        """The configuration that this engine was started with; defaults where the user gave none."""
-        additional = vllm_config.additional_config
-        return cls.from_dict(additional.get("quest", {}) if isinstance(additional, dict) else {})
-
-    def check_engine(self, vllm_config: VllmConfig) -> None:
-        """Refuses an engine that QUEST cannot run, before any process of it starts.
+        """The configuration that this engine was started with; defaults where the user gave none.
 
         Raises:
-            ValueError: Says which flag or property of the model is in the way.
+            QuestConfigError: As `from_dict`.
+            ValueError: QUEST cannot run this engine; names the flag or the property of the model.
         """
+        additional = vllm_config.additional_config
+        config = cls.from_dict(additional.get("quest", {}) if isinstance(additional, dict) else {})
+        config._check_engine(vllm_config)
+        return config
+
+    def _check_engine(self, vllm_config: VllmConfig) -> None:
         model, cache = vllm_config.model_config, vllm_config.cache_config
         refused = []
         if model is not None and model.use_mla:

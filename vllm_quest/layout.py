@@ -6,8 +6,8 @@ vLLM hands every layer a cache ``[num_blocks, num_kv_heads, block_size, C]`` in 
     CPU   | K [D, N] | V [N, D]            | kmin, kmax of page 0 | of page 1 | ... | padding |
     GPU   | K, V of token 0 | of token 1 | ... | kmin, kmax of page 0 | of page 1 | ... | padding |
 
-The first part is what the device's dense kernels expect of a cache without bounds. Whatever moves blocks (prefix
-caching, preemption, KV transfer) moves the bounds with them.
+The first part is what the device's dense kernels expect of a cache without bounds. Whatever moves blocks
+(prefix caching, preemption, KV transfer) moves the bounds with them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
 BACKEND_NAME = "QUEST"
-BACKEND_PATH = "vllm_quest.backend.cpu.QuestCPUBackend"
 
 
 def register() -> None:
@@ -13,8 +14,30 @@ def register() -> None:
     """
     from vllm_quest import compat, metrics
 
-    compat.register_backend(BACKEND_NAME, BACKEND_PATH)
-    metrics.export()
+    if path := backend_path():
+        compat.register_backend(BACKEND_NAME, path)
+        metrics.export()
+
+
+def backend_path() -> str | None:
+    """The backend of this process's platform; None where there is none, so that selecting it is an error."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():
+        return "vllm_quest.backend.cuda.QuestCUDABackend"
+    if current_platform.is_rocm():
+        return "vllm_quest.backend.rocm.QuestROCmBackend"
+    if not current_platform.is_cpu():
+        return None
+    if type(current_platform).__module__ != "vllm_quest.backend.cpu_platform":
+        # vLLM's own CPU platform would take the name and attend densely.
+        logging.getLogger("vllm.plugins.quest").warning(
+            "QUEST is not available: vLLM uses %s, not the plugin's platform. With "
+            "VLLM_TARGET_DEVICE=cpu vLLM ignores platform plugins; unset it.",
+            type(current_platform).__name__,
+        )
+        return None
+    return "vllm_quest.backend.cpu.QuestCPUBackend"
 
 
 def cpu_platform() -> str | None:

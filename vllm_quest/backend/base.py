@@ -78,6 +78,7 @@ class QuestImpl:
     config: QuestConfig
     layout: PageLayout
     dense_reason: str | None
+    scale: float  # vLLM's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -36,7 +36,7 @@ class QuestCpuPlatform(CpuPlatform):
         super().check_and_update_config(vllm_config)
         selected = vllm_config.attention_config.backend
         if selected is not None and selected.name == BACKEND_NAME:
-            QuestConfig.from_vllm_config(vllm_config).check_engine(vllm_config)
+            QuestConfig.from_vllm_config(vllm_config)
         elif "quest" in (vllm_config.additional_config or {}):
             logger.warning_once(
                 "additional_config['quest'] has no effect: --attention-backend is %s, not %s",

@@ -1,7 +1,7 @@
 """QUEST on GPUs: vLLM's own dense backend for prefill, page selection for decode rows.
 
-Nothing here reads a length on the host, and everything a decode step uses lies in buffers that stay where
-they are: a whole decode step can be captured in a CUDA graph. The classes are mixed into those of vLLM's dense
+Nothing here reads a length on the host, and everything a decode step uses lies in buffers that stay
+where they are: a whole decode step can be captured in a CUDA graph. The classes are mixed into those of vLLM's dense
 backends, FlashAttention on CUDA and Triton's elsewhere.
 """
 
@@ -30,6 +30,7 @@ from vllm_quest.backend.counting import StepCounts
 from vllm_quest.backend.layers import LayerPlan
 from vllm_quest.config import QuestConfig, QuestConfigError
 from vllm_quest.kernels import triton as kernels
+from vllm_quest.kernels.triton import Workspace
 from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.metrics import CounterFile
 
@@ -141,7 +142,7 @@ class QuestGPUMetadataBuilder:
         self.plan = LayerPlan.of(layers, config)
         self.plan.log(config, layout, spec.dtype, spec.num_kv_heads)
         max_blocks = spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
-        workspace = kernels.Workspace.for_decode(
+        workspace = Workspace.for_decode(
             max_rows=self.max_rows,
             num_heads=next(iter(layers.values())).num_heads,
             num_kv_heads=spec.num_kv_heads,
@@ -248,7 +249,7 @@ class QuestGPUImpl(QuestImpl):
     """Per layer and step: vLLM's kernel for prefill; score, select and attend for decode."""
 
     kernels: ClassVar[ModuleType] = kernels
-    workspace: kernels.Workspace
+    workspace: Workspace
 
     def forward(
         self,
@@ -266,7 +267,10 @@ class QuestGPUImpl(QuestImpl):
         if attn_metadata is None:  # vLLM's profiling run
             return output.fill_(0)
         attend = partial(
-            super().forward, layer, output_scale=output_scale, output_block_scale=output_block_scale
+            super().forward,  # type: ignore[misc]
+            layer,
+            output_scale=output_scale,
+            output_block_scale=output_block_scale,
         )
         pages = self.pages(kv_cache)
         if self.dense_reason:
