@@ -1,8 +1,7 @@
 """QUEST on GPUs: vLLM's own dense backend for prefill, page selection for decode rows.
 
-Nothing here reads a length on the host, and everything a decode step uses lies in buffers that stay
-where they are: a whole decode step can be captured in a CUDA graph. The classes are mixed into those of vLLM's dense
-backends, FlashAttention on CUDA and Triton's elsewhere.
+Nothing here reads a length that only the GPU knows, and what a decode step uses lies in buffers that stay where
+they are, so that a CUDA graph can hold the step. The classes are mixed into those of vLLM's dense backends.
 """
 
 from __future__ import annotations
