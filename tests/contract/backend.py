@@ -1,0 +1,126 @@
+"""What the backends of all devices share: refusals, which layers and rows are sparse, how vLLM calls us."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.contract.reliance import Contract, On
+
+_BACKEND = "vllm.v1.attention.backend"
+_BACKENDS = "vllm.v1.attention.backends"
+_SPEC = "vllm.v1.kv_cache_interface"
+_LAYER = "vllm.model_executor.layers.attention"
+_UPDATE = On(
+    "",
+    "stores K and V of dense layers",
+    declared=("do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)",),
+    called=("do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)",),
+)
+
+BACKEND: Contract = {
+    "vllm_quest/backend/support.py": (
+        On(
+            f"{_BACKEND}.AttentionBackend.validate_configuration",
+            "our reasons are attached to vLLM's wording",
+            code=(
+                "'MLA not supported'",
+                "'kv_cache_dtype not supported'",
+                "'attention sinks not supported'",
+                "f'attention type {attn_type} not supported'",
+            ),
+        ),
+        On(
+            f"{_BACKEND}.AttentionType",
+            "the same, and supports_attn_type",
+            members=(
+                "DECODER = 'decoder'",
+                "ENCODER = 'encoder'",
+                "ENCODER_ONLY = 'encoder_only'",
+                "ENCODER_DECODER = 'encoder_decoder'",
+            ),
+        ),
+    ),
+    "vllm_quest/backend/layers.py": (
+        On("vllm.logger.init_logger", "our lines go where vLLM's go", called=("init_logger(name)",)),
+        On(
+            "vllm.model_executor.models.utils.extract_layer_index",
+            "which layers are the first dense_layers",
+            called=("extract_layer_index(layer_name)",),
+        ),
+        On(f"{_LAYER}.Attention", "windows stay dense; None means no window", attributes=("sliding_window",)),
+    ),
+    "vllm_quest/backend/rows.py": (
+        On(
+            f"{_BACKEND}.CommonAttentionMetadata",
+            "which requests decode, and their contexts",
+            attributes=(
+                "query_start_loc_cpu: torch.Tensor",
+                "seq_lens: torch.Tensor",
+                "block_table_tensor: torch.Tensor",
+                "is_prefilling: torch.Tensor | None",
+                "causal: bool | torch.Tensor",
+            ),
+        ),
+    ),
+    "vllm_quest/backend/base.py": (
+        On(
+            f"{_BACKEND}.AttentionBackend",
+            "what we answer, or what vLLM answers and we explain",
+            attributes=("supported_kv_cache_dtypes", "validate_configuration"),
+            declared=(
+                "@staticmethod get_name()",
+                "@classmethod customize_spec(cls, spec)",
+                "@classmethod supports_attn_type(cls, attn_type)",
+                "@classmethod supports_kv_cache_dtype(cls, kv_cache_dtype)",
+                "@classmethod supports_non_causal(cls)",
+                "@classmethod supports_sink(cls)",
+            ),
+        ),
+        On(f"{_BACKEND}.AttentionImpl", "refusals by its arguments", attributes=("__init__", "scale")),
+        replace(_UPDATE, name=f"{_BACKENDS}.cpu_attn.CPUAttentionBackendImpl"),
+        replace(_UPDATE, name=f"{_BACKENDS}.flash_attn.FlashAttentionImpl"),
+        replace(_UPDATE, name=f"{_BACKENDS}.triton_attn.TritonAttentionImpl"),
+        On(
+            f"{_SPEC}.AttentionSpec",
+            "the enlarged page",
+            attributes=("dtype: torch.dtype", "head_size: int", "state_content_bytes: int | None"),
+            fields=("state_content_bytes",),
+        ),
+        On(
+            "vllm.v1.worker.utils.customize_attention_spec",
+            "the enlarged page",
+            code=("spec = backend.customize_spec(spec)",),
+        ),
+        On(
+            f"{_LAYER}.Attention.__init__",
+            "which arguments the impl gets, and that our name is looked up",
+            code=(
+                "impl_cls(num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, "
+                "kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name, "
+                "**extra_impl_args)",
+                "AttentionBackendEnum[self.attn_backend.get_name()]",
+            ),
+        ),
+        On(
+            f"{_LAYER}.Attention.forward",
+            "the cache is updated before attention",
+            code=("not self.attn_backend.forward_includes_kv_cache_update",),
+        ),
+        On(
+            f"{_LAYER}.attention.unified_kv_cache_update",
+            "how do_kv_cache_update is called",
+            code=(
+                "attn_layer.impl.do_kv_cache_update(attn_layer, key, value, kv_cache, layer_slot_mapping)",
+            ),
+        ),
+        On(
+            f"{_LAYER}.attention.unified_attention_with_output",
+            "how forward is called",
+            code=(
+                "self.impl.forward(self, query, key, value, kv_cache, attn_metadata, output=output, "
+                "output_scale=output_scale, output_block_scale=output_block_scale)",
+            ),
+        ),
+        On(f"{_LAYER}.Attention", "whose cache it is", attributes=("attn_backend", "kv_cache")),
+    ),
+}

@@ -1,0 +1,73 @@
+"""What will be relied on: an entry moves to its file's contract when that file uses it."""
+
+from __future__ import annotations
+
+from tests.contract.reliance import Contract, On
+
+_BACKEND = "vllm.v1.attention.backend"
+_SPEC = "vllm.v1.kv_cache_interface"
+
+PLANNED: Contract = {
+    "planned": (
+        On(
+            f"{_BACKEND}.AttentionBackend",
+            "true in a dense base class and not for page selection: to be answered by us",
+            declared=(
+                "@classmethod supports_rswa(cls)",
+                "@classmethod supports_mm_prefix(cls)",
+                "@classmethod supports_batch_invariance(cls)",
+                "@classmethod supports_dcp(cls)",
+                "@classmethod supports_device_cpu_query_lens_mismatch(cls)",
+            ),
+        ),
+        On(
+            f"{_BACKEND}.AttentionImpl",
+            "the same: each lets vLLM write K or V, or read the output, past us",
+            attributes=("supports_dcp", "supports_quant_query_input", "can_return_lse_for_decode"),
+            declared=(
+                "fused_output_quant_supported(self, quant_key)",
+                "fused_rope_kvcache_supported(self)",
+                "fused_qk_norm_rope_kvcache_supported(self)",
+                "fused_qk_norm_mrope_kvcache_supported(self)",
+            ),
+        ),
+        On(
+            f"{_BACKEND}.AttentionBackend.supports_kv_cache_update_bypass",
+            "true in FlashAttentionBackend: a model may then write K and V itself, without bounds",
+            since="0.33",
+        ),
+        On(
+            f"{_BACKEND}.AttentionMetadataBuilder",
+            "drafts, and graphs of varied lengths",
+            declared=(
+                "update_block_table(self, metadata, blk_table, slot_mapping)",
+                "update_draft_decode_metadata(self, metadata)",
+                "build_for_drafting(self, common_attn_metadata, draft_index)",
+                "@classmethod get_varlen_cudagraph_max_query_len(cls, vllm_config, kv_cache_spec)",
+            ),
+        ),
+        On(
+            "vllm.config.cache.register_kv_cache_dtype",
+            "--kv-cache-dtype quest_int4 where vLLM allows it",
+            called=("register_kv_cache_dtype(name)",),
+            since="0.33",
+        ),
+        On(
+            "vllm.config.cache.KVCacheDTypeHandler",
+            "what register_kv_cache_dtype decorates",
+            declared=("torch_dtype(self)", "quant_mode(self)"),
+            since="0.33",
+        ),
+        On(
+            f"{_SPEC}.KVQuantMode.CUSTOM",
+            "what a handler answers; in 0.33.0 an alias of OCTAVE_K3V4",
+            since="0.33",
+        ),
+        On(
+            f"{_SPEC}.AttentionSpec",
+            "an int4 page",
+            attributes=("kv_quant_mode",),
+            fields=("dtype", "page_size_padded", "num_head_slots", "block_stride_alignment"),
+        ),
+    ),
+}
