@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install model demo test lint compile-check clean distclean
+.PHONY: install model demo test contract lint compile-check clean distclean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every supported version of vLLM has what we rely on; downloads each wheel once.
+contract: install
+	$(BIN)/python -m pytest tests/contract -m contract $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
