@@ -1,7 +1,7 @@
 """QUEST on GPUs: vLLM's own dense backend for prefill, page selection for decode rows.
 
-Nothing here reads a length that only the GPU knows, and what a decode step uses lies in buffers that stay where
-they are, so that a CUDA graph can hold the step. The classes are mixed into those of vLLM's dense backends.
+Nothing here reads a length that only the GPU knows, and what a decode step uses lies in buffers that stay
+where they are: a CUDA graph can hold the step. The classes are mixed into those of vLLM's dense backends.
 """
 
 from __future__ import annotations
