@@ -1,0 +1,266 @@
+"""Compiles every Triton kernel for every GPU target, on a machine without a GPU, and looks at what came out.
+
+    python -m benchmarks.compile_check [--json PATH] [--targets sm_90 gfx942] [--jobs 2]
+
+The launchers run on small CPU tensors with their kernels replaced by a recorder, so what is compiled is what
+would be launched, with Triton's own specialization of the arguments. Fails on a spill, on more shared memory
+than the target has, and where the bulk of the data is not loaded 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, but Triton 3.9 warns without it
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from vllm_quest.kernels import triton as kernels
+from vllm_quest.layout import PageLayout, PageViews
+
+KIB = 1024
+ROWS, KV_HEADS, BLOCKS = 2, 2, 4
+SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class Target:
+    gpu: GPUTarget
+    architecture: str  # row of the launch table
+    shared_limit: int  # bytes a program may have
+
+
+# sm_80 stands for its whole family: sm_86 and sm_89 run the same launches with 99 KiB.
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "ampere", 99 * KIB),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "hopper", 227 * KIB),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "blackwell", 227 * KIB),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "cdna", 64 * KIB),
+}
+# (head size, page size, query heads per KV head)
+GEOMETRIES = [
+    *[(head, page, group) for head in (64, 128, 256) for page, group in ((8, 1), (16, 4), (32, 8))],
+    (96, 16, 4),
+    (128, 64, 16),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch configuration: the launcher's call that leads to it."""
+
+    kernel: str
+    configuration: str
+    launch: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    kernel: str
+    configuration: str
+    target: str
+    registers: int
+    shared: int
+    spilled: int
+    wide_loads: int
+    loads: int
+    problem: str
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it would have been launched with."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.record
+
+    def record(self, *args, **kwargs) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def compile(self, gpu: GPUTarget):
+        """As `JITFunction.run` does, short of the launch."""
+        backend = make_backend(gpu)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialization, _ = bind(*self.args, **self.kwargs)
+        options, signature, constants, attributes = self.kernel._pack_args(
+            backend, self.kwargs, bound, specialization, None
+        )
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=gpu, options=options.__dict__)
+
+
+def views(head_size: int, page_size: int) -> PageViews:
+    block_size = max(32, page_size)
+    content = PageLayout.content_size(page_size, head_size)
+    cache = torch.zeros(BLOCKS, KV_HEADS, block_size, content, dtype=torch.bfloat16)
+    return PageLayout(block_size, page_size, head_size, False).views(cache)
+
+
+def launch_store(head_size: int, page_size: int, tokens: int) -> None:
+    pages = views(head_size, page_size)
+    key = torch.zeros(tokens, KV_HEADS, head_size, dtype=torch.bfloat16)
+    kernels.store(key, key, pages.key, pages.value, pages.bounds, torch.zeros(tokens, dtype=torch.int64))
+
+
+def launch_score(head_size: int, page_size: int, group: int, group_reduce: str) -> None:
+    query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
+    counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
+    kernels.score_pages(query, views(head_size, page_size).bounds, table, counts, SCALE, group_reduce)
+
+
+def launch_select(max_pages: int) -> None:
+    scores = torch.zeros(ROWS, KV_HEADS, max_pages)
+    kernels.select_pages(scores, torch.ones(ROWS, dtype=torch.int32), 128, 1, 2)
+
+
+def launch_attend(head_size: int, page_size: int, group: int) -> None:
+    pages = views(head_size, page_size)
+    query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
+    counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
+    indices = torch.zeros(ROWS, KV_HEADS, 2048 // page_size, dtype=torch.int32)
+    kernels.attend_pages(query, pages.key, pages.value, table, counts, indices, page_size, SCALE)
+
+
+def cases() -> list[Case]:
+    found = []
+    for head_size, page_size, group in GEOMETRIES:
+        geometry = f"head {head_size}, page {page_size}"
+        for name, tokens in (("decode", 64), ("prefill", 8192)):
+            call = partial(launch_store, head_size, page_size, tokens)
+            found.append(Case("store", f"{geometry}, {name}", call))
+        # `mean` differs from `max` in one instruction: once is enough.
+        reduces = ("max", "softmax_mean", "mean") if head_size == 96 else ("max", "softmax_mean")
+        for reduce in reduces:
+            call = partial(launch_score, head_size, page_size, group, reduce)
+            found.append(Case("score", f"{geometry}, group {group}, {reduce}", call))
+        call = partial(launch_attend, head_size, page_size, group)
+        found.append(Case("attend", f"{geometry}, group {group}", call))
+    for max_pages in (512, 2048, 65536):
+        found.append(Case("select", f"{max_pages} pages", partial(launch_select, max_pages)))
+    return found
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    tool = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def figure(name: str, text: str) -> int:
+    """The number behind `name`, as the compilers print it."""
+    found = re.search(rf"{name}:?\s*(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has no {name}")
+    return int(found.group(1))
+
+
+def nvidia_figures(compiled) -> tuple[int, int, int, int]:
+    """Registers, spilled bytes, 16-byte loads and all loads from device memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = run_tool("cuobjdump", "-res-usage", cubin.name)
+        sass = run_tool("nvdisasm", "-c", cubin.name)
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)
+    # What is spilled lies on the stack, and our kernels put nothing else there.
+    return figure("REG", usage), figure("STACK", usage), sum(".128" in load for load in loads), len(loads)
+
+
+def amd_figures(compiled) -> tuple[int, int, int, int]:
+    text = compiled.asm["amdgcn"]
+    spilled = sum(
+        figure(name, text) for name in (r"\.vgpr_spill_count", r"\.sgpr_spill_count", "ScratchSize")
+    )
+    loads = re.findall(r"\b(?:global|buffer)_load_\w+", text)
+    return figure(r"\.vgpr_count", text), spilled, sum("dwordx4" in load for load in loads), len(loads)
+
+
+def check(index: int, target_name: str) -> Result:
+    """Compiles case `index` for a target."""
+    case, target = cases()[index], TARGETS[target_name]
+    launch = importlib.import_module("vllm_quest.kernels.triton.launch")
+    module = importlib.import_module(f"vllm_quest.kernels.triton.{case.kernel}")
+    recorder = Recorder(getattr(module, f"_{case.kernel}_kernel"))
+    with (
+        mock.patch.object(module, f"_{case.kernel}_kernel", recorder),
+        mock.patch.object(launch, "architecture", return_value=target.architecture),
+    ):
+        case.launch()
+    compiled = recorder.compile(target.gpu)
+    figures = nvidia_figures if target.gpu.backend == "cuda" else amd_figures
+    registers, spilled, wide, loads = figures(compiled)
+    shared = compiled.metadata.shared
+    problems = {
+        "spills": spilled > 0,
+        f"more shared memory than {target.shared_limit // KIB} KiB": shared > target.shared_limit,
+        "no 16-byte loads": wide == 0,
+    }
+    problem = ", ".join(name for name, found in problems.items() if found)
+    return Result(
+        case.kernel, case.configuration, target_name, registers, shared, spilled, wide, loads, problem
+    )
+
+
+def line(kernel, configuration, target, registers, shared, spilled, loads, problem) -> str:
+    return (
+        f"{kernel:8}{configuration:42}{target:8}{registers:>10}{shared:>9}{spilled:>9}{loads:>12}  {problem}"
+    ).rstrip()
+
+
+HEADER = line("kernel", "configuration", "target", "registers", "shared", "spilled", "16 B loads", problem="")
+
+
+def row(r: Result) -> str:
+    loads = f"{r.wide_loads} of {r.loads}"
+    return line(
+        r.kernel, r.configuration, r.target, r.registers, r.shared, r.spilled, loads, problem=r.problem
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set; the interpreter compiles nothing")
+    work = [(index, target) for index in range(len(cases())) for target in arguments.targets]
+    # A fresh process per worker: LLVM does not survive a fork.
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        results = []
+        print(HEADER)
+        for result in pool.map(check, *zip(*work, strict=True), chunksize=4):
+            print(row(result), flush=True)
+            results.append(result)
+    failed = [result for result in results if result.problem]
+    print(f"\nTriton {triton.__version__}: {len(results)} compiled, {len(failed)} with a problem")
+    if arguments.json:
+        entries = {"triton": triton.__version__, "results": [asdict(result) for result in results]}
+        arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
