@@ -20,10 +20,16 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 
+@classmethod  # type: ignore[misc]
+def _no(cls: type) -> bool:
+    return False
+
+
 class QuestBackend:
     """What QUEST supports on any device; mixed into a subclass of vLLM's `AttentionBackend`."""
 
     supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+    supports_kv_cache_update_bypass: ClassVar[bool] = False  # vLLM 0.33: K and V written past the bounds
 
     @staticmethod
     def get_name() -> str:
@@ -48,15 +54,18 @@ class QuestBackend:
         """K, V and the bounds share the model's dtype."""
         return kv_cache_dtype in (None, "auto")
 
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        """A decode row sees its whole context, no more."""
-        return False
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        """A sink is a logit without a key."""
-        return False
+    # vLLM's dense backends answer some of these with yes. Each would have another context than the request's
+    # own tokens in order, a part of it, or a logit without a key: nothing that page bounds speak of. The
+    # mismatch is of query lengths that only the GPU knows: rows are cut by those of the host.
+    supports_non_causal = _no
+    supports_sink = _no
+    supports_rswa = _no
+    supports_mm_prefix = _no
+    supports_dcp = _no
+    supports_pcp = _no
+    supports_batch_invariance = _no
+    supports_per_head_quant_scales = _no
+    supports_device_cpu_query_lens_mismatch = _no
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
@@ -79,9 +88,11 @@ class QuestImpl:
     layout: PageLayout
     dense_reason: str | None
     scale: float  # vLLM's
+    can_return_lse_for_decode: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.supports_dcp = self.supports_quant_query_input = False
         current_config()  # remembered for customize_spec, which vLLM calls outside its configuration context
         unsupported = {
             "ALiBi": getattr(self, "alibi_slopes", None) is not None,
@@ -91,6 +102,15 @@ class QuestImpl:
         if any(unsupported.values()):
             raise refusal([explain(feature) for feature, used in unsupported.items() if used])
         self._views: tuple[int, PageViews] | None = None
+
+    def _fuses_nothing(self, *unused: object) -> bool:
+        return False
+
+    # Each fusion would write K and V, or scale the output, without us.
+    fused_output_quant_supported = _fuses_nothing
+    fused_rope_kvcache_supported = _fuses_nothing
+    fused_qk_norm_rope_kvcache_supported = _fuses_nothing
+    fused_qk_norm_mrope_kvcache_supported = _fuses_nothing
 
     def start(self, config: QuestConfig, layout: PageLayout, dense_reason: str | None) -> None:
         """Called once by the builder, which owns these decisions; see the attributes."""

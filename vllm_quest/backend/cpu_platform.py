@@ -34,13 +34,15 @@ class QuestCpuPlatform(CpuPlatform):
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Checks the QUEST configuration where the user can see the error: before any process starts."""
         super().check_and_update_config(vllm_config)
-        selected = vllm_config.attention_config.backend
-        if selected is not None and selected.name == BACKEND_NAME:
+        attention = vllm_config.attention_config
+        chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+        names = [backend.name for backend in chosen if backend is not None]
+        if BACKEND_NAME in names:
             QuestConfig.from_vllm_config(vllm_config)
         elif "quest" in (vllm_config.additional_config or {}):
             logger.warning_once(
                 "additional_config['quest'] has no effect: --attention-backend is %s, not %s",
-                selected.name if selected else "not given",
+                ", ".join(names) or "not given",
                 BACKEND_NAME,
             )
 
