@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,14 +85,16 @@ def _run_both(
     with tqdm(total=2 * num_stages(len(prompts), arguments.repeats), unit="stage") as bar:
 
         def run(name: str, **engine_args: Any) -> EngineRun:
-            def progress(stage: str) -> None:
-                bar.set_description(f"{name}: {stage}")
+            @contextmanager
+            def stage(work: str) -> Iterator[None]:
+                bar.set_description(f"{name}: {work}")
+                yield
                 bar.update()
 
             return run_engine(
                 prompts,
                 arguments.repeats,
-                progress,
+                stage,
                 model=model,
                 max_model_len=MAX_MODEL_LEN,
                 **engine_args,

@@ -49,17 +49,19 @@ class Document:
 def string_methods(pass_key: str = PASS_KEY) -> Document:
     """The chapter on string methods with `pass_key` and an editor's name hidden in it.
 
-    The wording is the one, of thirty tried, at which the dense model is surest of its answer; a model this
-    small fails at many others, whatever reads its cache.
+    Of some forty wordings tried, these are among those at which the dense model is surest of its answer, with
+    the chapters of Python 3.10 to 3.13. A model this small fails at many others, and wordings at which it is
+    less sure often do not survive a budget of a quarter of the context: this is a demonstration, not a
+    measurement of accuracy.
     """
     chapter = topics[TOPIC][:MAX_CHARS].rpartition("\n\n")[0]
-    key = f"the secret pass key is {pass_key}"
+    key = f"the pass key of the safe is {pass_key}"
     text = hide(chapter, f"Note to the reader: {key}. Remember it: {key}.", depth=0.35)
     text = hide(text, "The editor of this chapter is Maria Lindqvist, who lives in Uppsala.", depth=0.7)
     return Document(
         f"There is a note hidden in the text below. Find it and remember it.\n\n{text}",
         (
-            Question("pass key", "What is the secret pass key? Answer with the number.", pass_key),
+            Question("pass key", "What is the pass key of the safe? Answer with the number.", pass_key),
             Question("planted name", "Who is the editor of this chapter?", "Maria Lindqvist"),
             Question("splitlines", "What does str.splitlines() do?", "list"),
             Question("count", "What does str.count() return?", "number of occurrences"),

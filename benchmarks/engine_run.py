@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+Stage = Callable[[str], AbstractContextManager[None]]  # around each piece of work, with its name
 
 KV_CACHE_BYTES = 1 << 30
 ANSWER_TOKENS = 32
@@ -48,15 +51,13 @@ class EngineRun:
     counters: dict[str, int]
 
 
-def run_engine(
-    prompts: list[str], repeats: int, progress: Callable[[str], None], **engine_args: Any
-) -> EngineRun:
+def run_engine(prompts: list[str], repeats: int, stage: Stage, **engine_args: Any) -> EngineRun:
     """Starts an engine, asks, measures, and shuts it down.
 
     Args:
         prompts: User messages; the first is the one that is timed.
         repeats: How often each time is taken.
-        progress: Called with what comes next, `num_stages` times.
+        stage: Entered `num_stages` times.
         **engine_args: For vLLM's `LLM`.
     """
     from vllm import LLM
@@ -64,25 +65,19 @@ def run_engine(
 
     import vllm_quest
 
-    progress("start the engine")
     on_cpu = current_platform.is_cpu()
-    defaults: dict[str, Any] = {
-        "dtype": "float32" if on_cpu else "auto",
-        "enforce_eager": on_cpu,  # on GPUs CUDA graphs, as users run it
-        "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "enable_prefix_caching": True,
-        "disable_log_stats": False,  # fills in RequestOutput.metrics
-        "use_tqdm_on_load": False,
-        "worker_extension_cls": "benchmarks.attention_timer.AttentionTimer",
-    }
     before = vllm_quest.read_counters()
-    llm = LLM(**(defaults | engine_args))
+    with stage("start the engine"):
+        llm = LLM(**(_engine_args(on_cpu) | engine_args))
     try:
         outputs = []
         for number, prompt in enumerate(prompts, start=1):
-            progress(f"question {number}")
-            outputs.append(_generate(llm, prompt, ANSWER_TOKENS))
-        timings = [_time_decode(llm, prompts[0], progress) for _ in range(repeats)]
+            with stage(f"question {number}"):
+                outputs.append(_generate(llm, prompt, max_tokens=ANSWER_TOKENS, stop=["\n\n"]))
+        timings = []
+        for _ in range(repeats):
+            with stage("time decoding"):
+                timings.append(_time_decode(llm, prompts[0]))
         config = llm.llm_engine.vllm_config
         return EngineRun(
             answers=tuple(Answer(o.outputs[0].text, tuple(o.outputs[0].token_ids)) for o in outputs),
@@ -101,27 +96,38 @@ def run_engine(
 
 
 def num_stages(num_prompts: int, repeats: int) -> int:
-    """How often `run_engine` reports progress."""
+    """How many stages `run_engine` has."""
     return 1 + num_prompts + repeats
 
 
-def _generate(llm: LLM, prompt: str, num_tokens: int, to_the_end: bool = False) -> Any:
+def _engine_args(on_cpu: bool) -> dict[str, Any]:
+    return {
+        "dtype": "float32" if on_cpu else "auto",
+        "enforce_eager": on_cpu,  # on GPUs CUDA graphs, as users run it
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "enable_prefix_caching": True,
+        "disable_log_stats": False,  # fills in RequestOutput.metrics
+        "use_tqdm_on_load": False,
+        "worker_extension_cls": "benchmarks.attention_timer.AttentionTimer",
+    }
+
+
+def _generate(llm: LLM, prompt: str, **sampling: Any) -> Any:
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=to_the_end)
-    (output,) = llm.chat([[{"role": "user", "content": prompt}]], sampling, use_tqdm=False)
+    messages: Any = [{"role": "user", "content": prompt}]
+    (output,) = llm.chat([messages], SamplingParams(temperature=0, **sampling), use_tqdm=False)
     return output
 
 
-def _time_decode(llm: LLM, prompt: str, progress: Callable[[str], None]) -> tuple[float, float]:
+def _time_decode(llm: LLM, prompt: str) -> tuple[float, float]:
     """Decode tokens/s without a timer inside the engine, then milliseconds of attention per step with it.
 
     vLLM stamps the first and the last token of a request: what lies between is decoding, nothing else.
     """
-    progress("time decoding")
-    metrics = _generate(llm, prompt, TIMED_STEPS + 1, to_the_end=True).metrics
+    metrics = _generate(llm, prompt, max_tokens=TIMED_STEPS + 1, ignore_eos=True).metrics
     speed = TIMED_STEPS / (metrics.last_token_ts - metrics.first_token_ts)
     llm.collective_rpc("start_attention_timer")
-    _generate(llm, prompt, TIMED_STEPS + 1, to_the_end=True)
+    _generate(llm, prompt, max_tokens=TIMED_STEPS + 1, ignore_eos=True)
     seconds = max(llm.collective_rpc("stop_attention_timer"))
     return speed, 1000 * seconds / TIMED_STEPS
