@@ -68,7 +68,10 @@ CPU: Contract = {
             "where --attention-backend lies",
             attributes=("attention_config: AttentionConfig", "additional_config"),
         ),
-        On("vllm.config.AttentionConfig", attributes=("backend: AttentionBackendEnum | None",)),
+        On(
+            "vllm.config.AttentionConfig",
+            attributes=("backend: AttentionBackendEnum | None", "backend_per_kind"),
+        ),
     ),
     "vllm_quest/backend/cpu.py": (
         On("vllm.config.VllmConfig", "handed to QuestConfig"),

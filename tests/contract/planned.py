@@ -10,33 +10,6 @@ _SPEC = "vllm.v1.kv_cache_interface"
 PLANNED: Contract = {
     "planned": (
         On(
-            f"{_BACKEND}.AttentionBackend",
-            "true in a dense base class and not for page selection: to be answered by us",
-            declared=(
-                "@classmethod supports_rswa(cls)",
-                "@classmethod supports_mm_prefix(cls)",
-                "@classmethod supports_batch_invariance(cls)",
-                "@classmethod supports_dcp(cls)",
-                "@classmethod supports_device_cpu_query_lens_mismatch(cls)",
-            ),
-        ),
-        On(
-            f"{_BACKEND}.AttentionImpl",
-            "the same: each lets vLLM write K or V, or read the output, past us",
-            attributes=("supports_dcp", "supports_quant_query_input", "can_return_lse_for_decode"),
-            declared=(
-                "fused_output_quant_supported(self, quant_key)",
-                "fused_rope_kvcache_supported(self)",
-                "fused_qk_norm_rope_kvcache_supported(self)",
-                "fused_qk_norm_mrope_kvcache_supported(self)",
-            ),
-        ),
-        On(
-            f"{_BACKEND}.AttentionBackend.supports_kv_cache_update_bypass",
-            "true in FlashAttentionBackend: a model may then write K and V itself, without bounds",
-            since="0.33",
-        ),
-        On(
             f"{_BACKEND}.AttentionMetadataBuilder",
             "drafts, and graphs of varied lengths",
             declared=(

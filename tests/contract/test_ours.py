@@ -51,9 +51,9 @@ def edited(folder: Path, file: str, old: str, new: str) -> Package:
         ),
         pytest.param(
             "vllm_quest/backend/base.py",
-            "    def supports_sink(cls)",
-            "    def supports_rswa(cls)",
-            "replaces vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend.supports_rswa",
+            "    supports_sink = _no",
+            "    supports_sliding_window = _no",
+            "replaces vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend.supports_sliding_window",
             id="override in a class that is mixed in",
         ),
         pytest.param(
