@@ -159,11 +159,12 @@ def score_pages(
         num_pages: ``[R]`` int32, pages in the context of each row; read on the device.
         scale: What attention multiplies q . k with; positive; matters to ``softmax_mean`` only.
         group_reduce: ``max``, ``mean`` or ``softmax_mean`` over the query heads of a KV head.
-        out: ``[R, H, M * P]`` float32, written up to each row's `num_pages` and left alone beyond.
+        out: ``[R, H, M * P]`` float32, written.
         workspace: For ``softmax_mean``; holds at least `score_scratch` elements.
 
     Returns:
-        ``[R, H, M * P]`` float32: `out`, or a new tensor that is -inf where the row has no such page.
+        ``[R, H, M * P]`` float32. Unlike the reference's, it is not written where the row has no such page:
+        filling a long table's width can cost more than the scores, and `select_pages` does not look there.
 
     Raises:
         ValueError: A shape, stride or choice that the kernel does not handle.
@@ -181,7 +182,7 @@ def score_pages(
     if query.stride(2) != 1 or block_table.stride(1) != 1:
         raise ValueError("query, block_table: the last dimension must be contiguous")
     if out is None:
-        out = query.new_full((rows, num_kv_heads, max_pages), -torch.inf, dtype=torch.float32)
+        out = query.new_empty((rows, num_kv_heads, max_pages), dtype=torch.float32)
     if out.shape != (rows, num_kv_heads, max_pages) or out.stride(2) != 1 or out.dtype != torch.float32:
         raise ValueError(
             f"out: {tuple(out.shape)} {out.dtype}; needed: {(rows, num_kv_heads, max_pages)} float32"
