@@ -13,17 +13,31 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from vllm_quest.config import PAGE_SIZES
+from vllm_quest.kernels.cpu.elements import SIZE
 from vllm_quest.kernels.cpu.launch import (
+    CACHE_LINE,
     INSTRUCTIONS,
     KERNEL_OPTIONS,
-    check_floating,
-    check_key_cache,
-    check_rows,
+    check_caches,
+    check_integers,
+    check_query,
     chunks_for_balance,
-    require,
     use_torch_threads,
 )
-from vllm_quest.kernels.cpu.memory import advance, get, load, load_tile, next_item, pointer, put, stack, store
+from vllm_quest.kernels.cpu.memory import (
+    advance,
+    get,
+    load,
+    load_tile,
+    next_item,
+    page_start,
+    pointer,
+    prefetch,
+    put,
+    stack,
+    store,
+)
 from vllm_quest.kernels.cpu.simd import (
     add,
     exp2,
@@ -50,6 +64,12 @@ def largest_divisor(number: int, limit: int) -> int:
     return max(d for d in range(1, max(1, limit) + 1) if number % d == 0)
 
 
+@njit(error_model="numpy")
+def visible_tokens(page, page_size, seq_len):
+    """How many tokens of the context a page holds; 0 where the list names no page."""
+    return max(0, min(page_size, seq_len - page * page_size)) if page >= 0 else 0
+
+
 @cache
 def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page_size: int, block_size: int):
     """The kernel of one configuration; `group` query heads share a KV head.
@@ -69,6 +89,7 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
     weights_size = group * tile_tokens
     pages_per_block = block_size // page_size
     partial_size = head_size + 2
+    line = CACHE_LINE // SIZE[dtype]
 
     @njit(**KERNEL_OPTIONS)
     def kernel(
@@ -79,9 +100,8 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
         build  # noqa: B018
         for _ in prange(threads):
             q, sums_v = stack("float32", query_size), stack("float32", query_size)
-            weights = stack("float32", weights_size)
             tops, sums = stack("float32", group), stack("float32", group)
-            blocks, pages = stack("int64", tile_pages), stack("int64", tile_pages)
+            weights = stack("float32", weights_size)
             nothing, never = np.float32(0), np.float32(-np.inf)
             while True:
                 item = next_item(pointer(counter, "int64"))
@@ -90,52 +110,51 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                 if row >= rows:
                     break
                 seq_len = get(pointer(seq_lens, "int32"), row)
+                table = advance(pointer(block_table, "int32"), row * table_row)
+                keys = advance(pointer(key_cache, dtype), head * key_head)
+                values = advance(pointer(value_cache, dtype), head * value_head)
+                indices = advance(pointer(page_indices, "int32"), row * index_row + head * index_head)
                 for g in range(group):
                     put(tops, g, never)
                     put(sums, g, nothing)
                     source = row * query_row + (head * group + g) * query_head
                     for channel in range(0, head_size, LANES):
-                        values = load(advance(pointer(query, query_dtype), source + channel), LANES)
-                        scaled = multiply(values, splat(np.float32(scale_log2), LANES))
-                        store(advance(q, g * head_size + channel), 0, scaled)
+                        unscaled = load(advance(pointer(query, query_dtype), source + channel), LANES)
+                        scale = splat(np.float32(scale_log2), LANES)
+                        store(advance(q, g * head_size + channel), 0, multiply(unscaled, scale))
                         store(advance(sums_v, g * head_size + channel), 0, splat(nothing, LANES))
-                indices = advance(pointer(page_indices, "int32"), row * index_row + head * index_head)
-                following, last = budget * chunk // chunks, budget * (chunk + 1) // chunks
-                while following < last:
-                    # A tile: up to `tile_pages` pages with at least one token of the context.
-                    gathered = 0
-                    while following < last and gathered < tile_pages:
-                        page = get(indices, following)
-                        following += 1
-                        if page >= 0 and page * page_size < seq_len:
-                            block = get(
-                                pointer(block_table, "int32"), row * table_row + page // pages_per_block
+                first, last = budget * chunk // chunks, budget * (chunk + 1) // chunks
+                for start in range(first, last, tile_pages):
+                    count = min(tile_pages, last - start)
+                    for i in range(count):
+                        page = get(indices, start + i)
+                        seen = visible_tokens(page, page_size, seq_len)
+                        if seen > 0:
+                            key = page_start(keys, key_block, table, page, pages_per_block, page_size)
+                            value = page_start(
+                                values, value_block, table, page, pages_per_block, page_size * head_size
                             )
-                            put(blocks, gathered, block)
-                            put(pages, gathered, page)
-                            gathered += 1
-                    # Logits, in units of log2(e).
-                    for i in range(gathered):
-                        page = get(pages, i)
-                        place = (
-                            get(blocks, i) * key_block + head * key_head + page % pages_per_block * page_size
-                        )
-                        key = advance(pointer(key_cache, dtype), place)
-                        for token in range(0, page_size, key_step):
-                            tile = zeros(group, token_cols, token_lanes)
-                            for channel in range(head_size):
-                                k = advance(key, channel * block_size + token)
-                                tile = multiply_add_outer(tile, advance(q, channel), head_size, k)
-                            store(advance(weights, i * page_size + token), tile_tokens, tile)
-                        # What lies behind the context's last token was never written.
-                        for token in range(max(0, seq_len - page * page_size), page_size):
+                            following = get(indices, min(start + i + 1, last - 1))
+                            if visible_tokens(following, page_size, seq_len) == 0:
+                                following = page
+                            coming = page_start(keys, key_block, table, following, pages_per_block, page_size)
+                            for token in range(0, page_size, key_step):
+                                tile = zeros(group, token_cols, token_lanes)
+                                for channel in range(head_size):
+                                    k = advance(key, channel * block_size + token)
+                                    tile = multiply_add_outer(tile, advance(q, channel), head_size, k)
+                                    # The next page's K and this page's V, which are not needed before.
+                                    for part in range(0, page_size if token == 0 else 0, line):
+                                        prefetch(advance(coming, channel * block_size + part))
+                                        prefetch(advance(value, channel * page_size + part))
+                                store(advance(weights, i * page_size + token), tile_tokens, tile)
+                        for token in range(seen, page_size):
                             for g in range(group):
                                 put(weights, g * tile_tokens + i * page_size + token, never)
-                    width = gathered * page_size
-                    for g in range(group if gathered else 0):
+                    for g in range(group):
                         logits = advance(weights, g * tile_tokens)
                         highest = splat(get(tops, g), token_lanes)
-                        for token in range(0, width, token_lanes):
+                        for token in range(0, count * page_size, token_lanes):
                             highest = maximum(highest, load(advance(logits, token), token_lanes))
                         top = max_lane(highest)
                         if top > get(tops, g):
@@ -146,7 +165,7 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                                 place = advance(sums_v, g * head_size + channel)
                                 store(place, 0, multiply(load(place, LANES), rescale))
                         total = zeros(1, 1, token_lanes)
-                        for token in range(0, width, token_lanes):
+                        for token in range(0, count * page_size, token_lanes):
                             logit = load(advance(logits, token), token_lanes)
                             weight = exp2(subtract(logit, splat(top, token_lanes)))
                             store(advance(logits, token), 0, weight)
@@ -154,30 +173,37 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                         put(sums, g, get(sums, g) + sum_tile(total))
                     for channel in range(0, head_size, value_step):
                         tile = load_tile(advance(sums_v, channel), head_size, group, channel_cols, LANES)
-                        for i in range(gathered):
-                            page = get(pages, i)
-                            token = page % pages_per_block * page_size
-                            place = get(blocks, i) * value_block + head * value_head + token * head_size
-                            value = advance(pointer(value_cache, dtype), place + channel)
-                            for token in range(min(page_size, seq_len - page * page_size)):
-                                weight = advance(weights, i * page_size + token)
-                                v = advance(value, token * head_size)
-                                tile = multiply_add_outer(tile, weight, tile_tokens, v)
+                        for i in range(count):
+                            page = get(indices, start + i)
+                            seen = visible_tokens(page, page_size, seq_len)
+                            if seen > 0:
+                                value = page_start(
+                                    values, value_block, table, page, pages_per_block, page_size * head_size
+                                )
+                                for token in range(seen):
+                                    weight = advance(weights, i * page_size + token)
+                                    v = advance(value, token * head_size + channel)
+                                    tile = multiply_add_outer(tile, weight, tile_tokens, v)
                         store(advance(sums_v, channel), head_size, tile)
                 for g in range(group):
-                    place = (item * group + g) * partial_size
+                    part = advance(pointer(partial, "float32"), (item * group + g) * partial_size)
                     for channel in range(0, head_size, LANES):
-                        values = load(advance(sums_v, g * head_size + channel), LANES)
-                        store(advance(pointer(partial, "float32"), place + channel), 0, values)
-                    put(pointer(partial, "float32"), place + head_size, get(tops, g))
-                    put(pointer(partial, "float32"), place + head_size + 1, get(sums, g))
+                        store(
+                            advance(part, channel), 0, load(advance(sums_v, g * head_size + channel), LANES)
+                        )
+                    put(part, head_size, get(tops, g))
+                    put(part, head_size + 1, get(sums, g))
                 if next_item(advance(pointer(counter, "int64"), 1 + owner)) == chunks - 1:
                     for g in range(group):
-                        parts = advance(
-                            pointer(partial, "float32"), (owner * chunks * group + g) * partial_size
-                        )
+                        place = (owner * chunks * group + g) * partial_size
                         target = advance(pointer(out, query_dtype), (owner * group + g) * head_size)
-                        merge(parts, group * partial_size, chunks, target, head_size)
+                        merge(
+                            advance(pointer(partial, "float32"), place),
+                            group * partial_size,
+                            chunks,
+                            target,
+                            head_size,
+                        )
 
     return kernel
 
@@ -227,26 +253,20 @@ def attend_pages(
     Returns:
         ``[R, Hq, D]`` in the query's dtype; computed in float32. A row without any page is 0.
     """
-    query_dtype, dtype = check_floating("query", query, 3), check_key_cache(key_cache, value_cache)
-    rows, num_heads, head_size = query.shape
-    kv_heads, block_size = key_cache.shape[1:3]
+    dtype = check_caches(key_cache, value_cache)
+    _, kv_heads, block_size, head_size = key_cache.shape
+    query_dtype = check_query(query, kv_heads, head_size)
+    rows, num_heads, _ = query.shape
+    check_integers("block_table", block_table, torch.int32, rows)
+    check_integers("seq_lens", seq_lens, torch.int32, rows)
+    check_integers("page_indices", page_indices, torch.int32, rows)
     budget = page_indices.shape[-1]
-    check_rows("block_table", block_table, torch.int32, rows)
-    check_rows("seq_lens", seq_lens, torch.int32, rows)
-    check_rows("page_indices", page_indices, torch.int32, rows)
-    require(head_size == key_cache.shape[3], "query", f"head size {head_size} is not the cache's")
-    require(query.stride(2) == 1, "query", f"expected contiguous heads, got strides {query.stride()}")
-    require(num_heads % kv_heads == 0, "query", f"{num_heads} heads are no multiple of {kv_heads} KV heads")
-    require(
-        page_indices.dim() == 3 and page_indices.shape[1] == kv_heads,
-        "page_indices",
-        f"expected [{rows}, {kv_heads}, K], got {tuple(page_indices.shape)}",
-    )
-    require(
-        page_size % 8 == 0 and page_size.bit_count() == 1 and block_size % page_size == 0,
-        "page_size",
-        f"expected 8, 16, 32 or 64 and a divisor of the block size {block_size}, got {page_size}",
-    )
+    if page_indices.shape[1:] != (kv_heads, budget):
+        raise ValueError(f"page_indices: expected [{rows}, {kv_heads}, K], got {tuple(page_indices.shape)}")
+    if page_size not in PAGE_SIZES or block_size % page_size:
+        raise ValueError(
+            f"page_size: expected one of {PAGE_SIZES}, a divisor of block size {block_size}, got {page_size}"
+        )
     group = num_heads // kv_heads
     kernel = attend_kernel(dtype, query_dtype, head_size, group, page_size, block_size)
     threads = use_torch_threads()

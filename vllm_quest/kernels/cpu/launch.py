@@ -19,6 +19,7 @@ import torch
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 KERNEL_OPTIONS = {"parallel": True, "cache": True, "nogil": True, "error_model": "numpy"}
+CACHE_LINE = 64  # bytes; elsewhere prefetching does too little or twice the work
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # Every kernel holds this as a free variable. Numba's cache on disk looks at the kernel's own file only; this
@@ -48,48 +49,68 @@ def chunks_for_balance(items: int, threads: int, most: int) -> int:
     return max(1, min(most, -(-4 * threads // items)))
 
 
-def require(condition: bool, name: str, problem: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: {problem}")
-
-
 def check_floating(name: str, tensor: torch.Tensor, dims: int) -> str:
     """The dtype's name, if this is a CPU tensor of a supported dtype and number of dimensions."""
-    require(tensor.device.type == "cpu", name, f"expected a CPU tensor, got {tensor.device}")
-    require(
-        tensor.dtype in DTYPE_NAMES, name, f"expected {', '.join(DTYPE_NAMES.values())}, got {tensor.dtype}"
-    )
-    require(tensor.dim() == dims, name, f"expected {dims} dimensions, got shape {tuple(tensor.shape)}")
-    return DTYPE_NAMES[tensor.dtype]
+    dtype = DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None or not tensor.is_cpu or tensor.dim() != dims:
+        raise ValueError(
+            f"{name}: expected a CPU tensor of {dims} dimensions, {', '.join(DTYPE_NAMES.values())}, got "
+            f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        )
+    return dtype
 
 
-def check_rows(name: str, tensor: torch.Tensor, dtype: torch.dtype, rows: int) -> None:
-    """Checks per-row integers, ``[R]`` or ``[R, anything]``, contiguous in the last dimension."""
-    require(tensor.dtype == dtype, name, f"expected {dtype}, got {tensor.dtype}")
-    require(len(tensor) >= rows, name, f"expected {rows} rows, got {len(tensor)}")
-    require(
-        tensor.stride(-1) == 1, name, f"expected a contiguous last dimension, got strides {tensor.stride()}"
-    )
+def check_integers(name: str, tensor: torch.Tensor, dtype: torch.dtype, rows: int) -> None:
+    """Checks ``[rows]`` or ``[rows, ...]`` integers, contiguous in the last dimension."""
+    if tensor.dtype != dtype or len(tensor) < rows or tensor.stride(-1) != 1 or not tensor.is_cpu:
+        raise ValueError(
+            f"{name}: expected {rows} rows of {dtype} on the CPU with a contiguous last dimension, got "
+            f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+        )
 
 
-def check_head_size(head_size: int) -> None:
-    require(head_size % 16 == 0, "head_size", f"expected a multiple of 16, got {head_size}")
+def check_query(query: torch.Tensor, kv_heads: int, head_size: int) -> str:
+    """The dtype's name, if this is ``[R, Hq, D]`` with contiguous heads, Hq a multiple of H."""
+    dtype = check_floating("query", query, 3)
+    if query.shape[1] % kv_heads or query.shape[2] != head_size or query.stride(2) != 1:
+        raise ValueError(
+            f"query: expected [R, a multiple of {kv_heads}, {head_size}] with contiguous heads, got "
+            f"{tuple(query.shape)} with strides {query.stride()}"
+        )
+    return dtype
 
 
-def check_key_cache(key_cache: torch.Tensor, value_cache: torch.Tensor) -> str:
-    """The cache's dtype name, if K is channel-major and V is token-major, ``[B, H, N, D]`` each."""
+def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> str:
+    """The dtype's name, if K is channel-major and V is token-major, ``[B, H, N, D]`` each."""
     dtype = check_floating("key_cache", key_cache, 4)
-    require(
-        key_cache.stride()[2:] == (1, key_cache.shape[2]),
-        "key_cache",
-        f"expected channel-major blocks, strides (.., .., 1, {key_cache.shape[2]}), got {key_cache.stride()}",
-    )
-    require(value_cache.dtype == key_cache.dtype, "value_cache", f"expected {dtype}, got {value_cache.dtype}")
-    require(
-        value_cache.shape == key_cache.shape and value_cache.stride()[2:] == (value_cache.shape[3], 1),
-        "value_cache",
-        f"expected token-major blocks of shape {tuple(key_cache.shape)}, got {tuple(value_cache.shape)} with "
-        f"strides {value_cache.stride()}",
-    )
-    check_head_size(key_cache.shape[3])
+    *_, block_size, head_size = key_cache.shape
+    if key_cache.stride()[2:] != (1, block_size) or head_size % 16:
+        raise ValueError(
+            f"key_cache: expected channel-major blocks, strides (.., .., 1, {block_size}), of a head size "
+            f"that is a multiple of 16, got {tuple(key_cache.shape)} with strides {key_cache.stride()}"
+        )
+    if (
+        value_cache.dtype != key_cache.dtype
+        or value_cache.shape != key_cache.shape
+        or value_cache.stride()[2:] != (head_size, 1)
+    ):
+        raise ValueError(
+            f"value_cache: expected token-major blocks {tuple(key_cache.shape)} {key_cache.dtype}, got "
+            f"{tuple(value_cache.shape)} {value_cache.dtype} with strides {value_cache.stride()}"
+        )
+    return dtype
+
+
+def check_bounds(bounds: torch.Tensor, head_size: int) -> str:
+    """The dtype's name, if this is ``[B, H, P, 2, D]`` with contiguous ``[P, 2, D]``."""
+    dtype = check_floating("bounds", bounds, 5)
+    if (
+        bounds.shape[3:] != (2, head_size)
+        or bounds.stride()[2:] != (2 * head_size, head_size, 1)
+        or head_size % 16
+    ):
+        raise ValueError(
+            f"bounds: expected [B, H, P, 2, {head_size}] with contiguous [P, 2, D] and a head size that is a "
+            f"multiple of 16, got {tuple(bounds.shape)} with strides {bounds.stride()}"
+        )
     return dtype

@@ -6,7 +6,7 @@ Sizes (`lanes`, `rows`, `cols`) and dtype names are compile-time constants.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -176,4 +176,15 @@ def next_item(typingctx, counter):
     """Returns the counter's value and adds one, atomically; orders memory like taking and giving a lock."""
     return types.int64(counter), lambda context, builder, sig, args: builder.atomic_rmw(
         "add", args[0], args[0].type.pointee(1), "acq_rel"
+    )
+
+
+@njit(error_model="numpy")
+def page_start(base, block_stride, table, page, pages_per_block, page_stride):
+    """Where a page lies that a row's block table leads to.
+
+    `base` points at one KV head's part of block 0; the pages of a block are `page_stride` elements apart.
+    """
+    return advance(
+        base, get(table, page // pages_per_block) * block_stride + page % pages_per_block * page_stride
     )

@@ -8,17 +8,29 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from vllm_quest.kernels.cpu.elements import SIZE
 from vllm_quest.kernels.cpu.launch import (
+    CACHE_LINE,
     INSTRUCTIONS,
     KERNEL_OPTIONS,
-    check_floating,
-    check_head_size,
-    check_rows,
+    check_bounds,
+    check_integers,
+    check_query,
     new_counter,
-    require,
     use_torch_threads,
 )
-from vllm_quest.kernels.cpu.memory import advance, get, load, next_item, pointer, put, stack, store
+from vllm_quest.kernels.cpu.memory import (
+    advance,
+    get,
+    load,
+    next_item,
+    page_start,
+    pointer,
+    prefetch,
+    put,
+    stack,
+    store,
+)
 from vllm_quest.kernels.cpu.simd import (
     add,
     exp2,
@@ -37,6 +49,7 @@ from vllm_quest.kernels.cpu.simd import (
 __all__ = ["score_pages"]
 
 LANES = 16
+SOON, LATER = 4, 16  # pages ahead that are prefetched
 CHUNK_PAGES = 128  # what one thread takes at a time
 LOG2_E = 1.4426950408889634
 GROUP_REDUCES = ("max", "mean", "softmax_mean")
@@ -47,6 +60,7 @@ def score_kernel(dtype: str, query_dtype: str, head_size: int, group: int, pages
     """The kernel of one configuration; `group` query heads share a KV head."""
     build = INSTRUCTIONS
     query_size = group * head_size
+    line = CACHE_LINE // SIZE[dtype]
     by_head = reduce == "softmax_mean"
     take_mean = reduce == "mean"
 
@@ -78,12 +92,20 @@ def score_kernel(dtype: str, query_dtype: str, head_size: int, group: int, pages
                         store(advance(negative, g * head_size + channel), 0, minimum(q, nothing))
                 scores = advance(pointer(out, "float32"), (row * kv_heads + head) * width)
                 for page in range(first_page, min(pages, first_page + chunk_blocks * pages_per_block)):
-                    block = get(pointer(block_table, "int32"), row * table_row + page // pages_per_block)
-                    place = block * bounds_block + head * bounds_head + page % pages_per_block * 2 * head_size
-                    kmin = advance(pointer(bounds, dtype), place)
+                    table = advance(pointer(block_table, "int32"), row * table_row)
+                    base = advance(pointer(bounds, dtype), head * bounds_head)
+                    kmin = page_start(base, bounds_block, table, page, pages_per_block, 2 * head_size)
+                    soon = min(page + SOON, pages - 1)
+                    later = min(page + LATER, pages - 1)
+                    coming = page_start(base, bounds_block, table, soon, pages_per_block, 2 * head_size)
+                    # The first line alone, far ahead: random blocks miss the TLB, and that takes longest.
+                    prefetch(page_start(base, bounds_block, table, later, pages_per_block, 2 * head_size))
                     kmax = advance(kmin, head_size)
                     tile = zeros(group, 1, LANES)
                     for channel in range(0, head_size, LANES):
+                        if channel % line == 0:
+                            prefetch(advance(coming, channel))
+                            prefetch(advance(coming, head_size + channel))
                         low, high = load(advance(kmin, channel), LANES), load(advance(kmax, channel), LANES)
                         tile = multiply_add_rows(tile, advance(negative, channel), head_size, low)
                         tile = multiply_add_rows(tile, advance(positive, channel), head_size, high)
@@ -158,21 +180,16 @@ def score_pages(
     Returns:
         ``[R, H, M * P]`` float32; -inf where the row has no such page.
     """
-    query_dtype, dtype = check_floating("query", query, 3), check_floating("bounds", bounds, 5)
+    dtype, query_dtype = (
+        check_bounds(bounds, query.shape[-1]),
+        check_query(query, bounds.shape[1], bounds.shape[4]),
+    )
     rows, num_heads, head_size = query.shape
     kv_heads, pages_per_block = bounds.shape[1:3]
-    check_head_size(head_size)
-    check_rows("block_table", block_table, torch.int32, rows)
-    check_rows("num_pages", num_pages, torch.int32, rows)
-    require(query.stride(2) == 1, "query", f"expected contiguous heads, got strides {query.stride()}")
-    require(num_heads % kv_heads == 0, "query", f"{num_heads} heads are no multiple of {kv_heads} KV heads")
-    require(
-        bounds.shape[3:] == (2, head_size) and bounds.stride()[2:] == (2 * head_size, head_size, 1),
-        "bounds",
-        f"expected [B, H, P, 2, {head_size}] with contiguous [P, 2, D], got {tuple(bounds.shape)} with "
-        f"strides {bounds.stride()}",
-    )
-    require(group_reduce in GROUP_REDUCES, "group_reduce", f"{group_reduce!r} is none of {GROUP_REDUCES}")
+    check_integers("block_table", block_table, torch.int32, rows)
+    check_integers("num_pages", num_pages, torch.int32, rows)
+    if group_reduce not in GROUP_REDUCES:
+        raise ValueError(f"group_reduce: expected one of {', '.join(GROUP_REDUCES)}, got {group_reduce!r}")
     group, pages = num_heads // kv_heads, block_table.shape[1] * pages_per_block
     kernel = score_kernel(dtype, query_dtype, head_size, group, pages_per_block, group_reduce)
     scores = torch.full((rows, kv_heads, pages), -torch.inf, dtype=torch.float32)

@@ -10,9 +10,9 @@ from numba import njit, prange
 from vllm_quest.kernels.cpu.launch import (
     INSTRUCTIONS,
     KERNEL_OPTIONS,
-    check_rows,
+    check_floating,
+    check_integers,
     new_counter,
-    require,
     use_torch_threads,
 )
 from vllm_quest.kernels.cpu.memory import advance, get, load, load_tile, next_item, pointer, put
@@ -138,19 +138,19 @@ def select_pages(
     Returns:
         ``[R, H, K]`` int32, ascending page numbers, then -1 where the context has fewer than K pages.
     """
-    require(page_scores.dtype == torch.float32, "page_scores", f"expected float32, got {page_scores.dtype}")
-    require(page_scores.dim() == 3, "page_scores", f"expected [R, H, pages], got {tuple(page_scores.shape)}")
-    require(
-        page_scores.stride(2) == 1, "page_scores", f"expected contiguous pages, got {page_scores.stride()}"
-    )
-    require(min(sink_pages, recent_pages) >= 0, "sink_pages, recent_pages", "expected no negative number")
-    require(
-        budget_pages >= max(1, sink_pages + recent_pages),
-        "budget_pages",
-        f"{budget_pages} is less than the {sink_pages} + {recent_pages} pages that are always kept",
-    )
+    check_floating("page_scores", page_scores, 3)
     rows, kv_heads, _ = page_scores.shape
-    check_rows("num_pages", num_pages, torch.int32, rows)
+    if page_scores.dtype != torch.float32 or page_scores.stride(2) != 1:
+        raise ValueError(
+            f"page_scores: expected float32 with contiguous pages, got {page_scores.dtype} with strides "
+            f"{page_scores.stride()}"
+        )
+    if min(sink_pages, recent_pages) < 0 or budget_pages < max(1, sink_pages + recent_pages):
+        raise ValueError(
+            f"budget_pages: expected at least sink_pages + recent_pages, got {budget_pages} with "
+            f"{sink_pages} + {recent_pages}"
+        )
+    check_integers("num_pages", num_pages, torch.int32, rows)
     page_indices = torch.empty((rows, kv_heads, budget_pages), dtype=torch.int32)
     counter = new_counter()
     select_kernel()(

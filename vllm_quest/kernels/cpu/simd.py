@@ -39,7 +39,17 @@ def call(builder, name: str, result, args, flags=()):
 
 
 @intrinsic
+def filled(typingctx, value, rows, cols, lanes):
+    """A tile with the value everywhere."""
+    result = Tile(constant(rows), constant(cols), constant(lanes))
+    return result(types.float32, rows, cols, lanes), lambda context, builder, sig, args: join(
+        builder, [splat_vector(builder, args[0], result.lanes)] * (result.rows * result.cols)
+    )
+
+
+@intrinsic
 def zeros(typingctx, rows, cols, lanes):
+    """A tile of zeros."""
     result = Tile(constant(rows), constant(cols), constant(lanes))
     return result(rows, cols, lanes), lambda context, builder, sig, args: ir.Constant(
         context.get_value_type(result), None
@@ -117,19 +127,45 @@ def multiply_add_rows(typingctx, tile, rows, row_stride, vector):
     return tile(tile, Pointer("float32"), types.int64, vector), codegen
 
 
-def largest_or_smallest(name: str):
-    """An intrinsic that reduces one vector to a float32."""
+@intrinsic
+def max_lane(typingctx, vector):
+    """The largest lane of one vector, float32."""
+    return types.float32(vector), lambda context, builder, sig, args: call(
+        builder, "vector.reduce.fmax", F32, split(builder, args[0]), ("nsz",)
+    )
 
-    def typed(typingctx, vector):
-        return types.float32(vector), lambda context, builder, sig, args: call(
-            builder, f"vector.reduce.{name}", F32, split(builder, args[0]), ("nsz",)
-        )
+
+def over_rows(name: str):
+    """An intrinsic that reduces each row of a tile of `lanes` rows, 1 column, to one lane of a vector."""
+
+    def typed(typingctx, tile):
+        even = ir.Constant(ir.VectorType(I32, tile.lanes), list(range(0, 2 * tile.lanes, 2)))
+        odd = ir.Constant(ir.VectorType(I32, tile.lanes), list(range(1, 2 * tile.lanes, 2)))
+
+        def codegen(context, builder, sig, args):
+            vectors = split(builder, args[0])
+            # Neighbouring lanes of two vectors become one vector, until one lane of each row is left.
+            while len(vectors) > 1:
+                pairs = zip(vectors[::2], vectors[1::2], strict=True)
+                vectors = [
+                    call(
+                        builder,
+                        name,
+                        a.type,
+                        [builder.shuffle_vector(a, b, mask) for mask in (even, odd)],
+                        ("nsz",),
+                    )
+                    for a, b in pairs
+                ]
+            return join(builder, vectors)
+
+        return Tile(1, 1, tile.lanes)(tile), codegen
 
     return intrinsic(typed)
 
 
-max_lane = largest_or_smallest("fmax")
-min_lane = largest_or_smallest("fmin")
+min_of_rows = over_rows("minnum")
+max_of_rows = over_rows("maxnum")
 
 
 @intrinsic
@@ -185,19 +221,16 @@ def float_of_bits(typingctx, bits):
 
 
 @intrinsic
-def first_lanes(typingctx, vector, count, other):
-    """The first `count` lanes of the vector, and `other` in the lanes after them."""
+def first_lanes(typingctx, tile, count, other):
+    """The first `count` lanes of every vector, and `other` in the lanes after them."""
 
     def codegen(context, builder, sig, args):
-        lanes = ir.VectorType(I32, vector.lanes)
-        index = lanes(list(range(vector.lanes)))
-        kept = builder.icmp_signed(
-            "<", index, splat_vector(builder, builder.trunc(args[1], I32), vector.lanes)
-        )
-        (values,) = split(builder, args[0])
-        return join(builder, [builder.select(kept, values, splat_vector(builder, args[2], vector.lanes))])
+        index = ir.Constant(ir.VectorType(I32, tile.lanes), list(range(tile.lanes)))
+        limit = splat_vector(builder, builder.trunc(args[1], I32), tile.lanes)
+        kept, rest = builder.icmp_signed("<", index, limit), splat_vector(builder, args[2], tile.lanes)
+        return join(builder, [builder.select(kept, vector, rest) for vector in split(builder, args[0])])
 
-    return vector(vector, types.int64, types.float32), codegen
+    return tile(tile, types.int64, types.float32), codegen
 
 
 @intrinsic

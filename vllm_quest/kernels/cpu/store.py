@@ -8,18 +8,22 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from vllm_quest.config import PAGE_SIZES
+from vllm_quest.kernels.cpu.elements import SIZE
 from vllm_quest.kernels.cpu.launch import (
+    CACHE_LINE,
     INSTRUCTIONS,
     KERNEL_OPTIONS,
-    check_key_cache,
-    check_rows,
+    check_bounds,
+    check_caches,
+    check_integers,
     chunks_for_balance,
     new_counter,
-    require,
     use_torch_threads,
 )
-from vllm_quest.kernels.cpu.memory import advance, copy, get, load, next_item, pointer, put, scatter
-from vllm_quest.kernels.cpu.simd import first_lanes, max_lane, maximum, min_lane, minimum, splat
+from vllm_quest.kernels.cpu.memory import advance, copy, get, load_tile, next_item, pointer, prefetch, scatter
+from vllm_quest.kernels.cpu.memory import store as store_tile
+from vllm_quest.kernels.cpu.simd import filled, first_lanes, max_of_rows, maximum, min_of_rows, minimum
 
 __all__ = ["store"]
 
@@ -34,8 +38,9 @@ def store_kernel(dtype: str, head_size: int, page_size: int, block_size: int):
     page's bounds, and the bounds are computed after the last token of a run that lies in one page.
     """
     build = INSTRUCTIONS
-    token_lanes = min(LANES, page_size)
     vectors = head_size // LANES
+    lanes = min(LANES, page_size)
+    line = CACHE_LINE // SIZE[dtype]
 
     @njit(**KERNEL_OPTIONS)
     def kernel(
@@ -52,38 +57,45 @@ def store_kernel(dtype: str, head_size: int, page_size: int, block_size: int):
                     break
                 first, last = vectors * chunk // chunks * LANES, vectors * (chunk + 1) // chunks * LANES
                 slots = pointer(slot_mapping, "int64")
-                for token in range(tokens):
+                token = 0
+                while token < tokens:
                     slot = get(slots, token)
                     if slot < 0:
+                        token += 1
                         continue
-                    block, position = slot // block_size, slot % block_size
-                    k = advance(pointer(key, dtype), token * key_token + head * key_head)
-                    v = advance(pointer(value, dtype), token * value_token + head * value_head)
-                    keys = advance(pointer(key_cache, dtype), block * key_block + head * key_block_head)
-                    place = block * value_block + head * value_block_head + position * head_size
+                    block, start = slot // block_size, slot % block_size // page_size * page_size
+                    keys = advance(
+                        pointer(key_cache, dtype), block * key_block + head * key_block_head + start
+                    )
+                    place = block * value_block + head * value_block_head + start * head_size
                     values = advance(pointer(value_cache, dtype), place)
-                    for channel in range(first, last, LANES):
-                        copy(advance(v, channel), advance(values, channel), LANES)
-                        target = advance(keys, channel * block_size + position)
-                        scatter(advance(k, channel), target, block_size, LANES)
-                    if token + 1 < tokens and get(slots, token + 1) // page_size == slot // page_size:
-                        continue
-                    written = position % page_size + 1
-                    page_keys = advance(keys, position - position % page_size)
-                    place = block * bounds_block + head * bounds_head + position // page_size * 2 * head_size
-                    page_bounds = advance(pointer(bounds, dtype), place)
+                    place = block * bounds_block + head * bounds_head + start // page_size * 2 * head_size
+                    kmin = advance(pointer(bounds, dtype), place)
                     for channel in range(first, last):
-                        low, high = (
-                            splat(np.float32(np.inf), token_lanes),
-                            splat(np.float32(-np.inf), token_lanes),
-                        )
-                        for start in range(0, written, token_lanes):
-                            part = load(advance(page_keys, channel * block_size + start), token_lanes)
-                            seen = written - start
-                            low = minimum(low, first_lanes(part, seen, np.float32(np.inf)))
-                            high = maximum(high, first_lanes(part, seen, np.float32(-np.inf)))
-                        put(page_bounds, channel, min_lane(low))
-                        put(page_bounds, head_size + channel, max_lane(high))
+                        for part in range(0, page_size, line):
+                            prefetch(advance(keys, channel * block_size + part))
+                    # A run of tokens that lie in one page, then the page's bounds.
+                    written = 0
+                    while token < tokens and get(slots, token) // page_size == slot // page_size:
+                        position = get(slots, token) % page_size
+                        k = advance(pointer(key, dtype), token * key_token + head * key_head)
+                        v = advance(pointer(value, dtype), token * value_token + head * value_head)
+                        for channel in range(first, last, LANES):
+                            copy(advance(v, channel), advance(values, position * head_size + channel), LANES)
+                            target = advance(keys, channel * block_size + position)
+                            scatter(advance(k, channel), target, block_size, LANES)
+                        written = position + 1
+                        token += 1
+                    for channel in range(first, last, lanes):
+                        low = filled(np.float32(np.inf), lanes, 1, lanes)
+                        high = filled(np.float32(-np.inf), lanes, 1, lanes)
+                        for position in range(0, written, lanes):
+                            source = advance(keys, channel * block_size + position)
+                            part = load_tile(source, block_size, lanes, 1, lanes)
+                            low = minimum(low, first_lanes(part, written - position, np.float32(np.inf)))
+                            high = maximum(high, first_lanes(part, written - position, np.float32(-np.inf)))
+                        store_tile(advance(kmin, channel), 0, min_of_rows(low))
+                        store_tile(advance(kmin, head_size + channel), 0, max_of_rows(high))
 
     return kernel
 
@@ -110,29 +122,31 @@ def store(
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped. The
             tokens of one page come with ascending slots.
     """
-    dtype = check_key_cache(key_cache, value_cache)
-    _, kv_heads, block_size, head_size = key_cache.shape
+    dtype = check_caches(key_cache, value_cache)
+    num_blocks, kv_heads, block_size, head_size = key_cache.shape
     tokens = len(slot_mapping)
-    pages_per_block = bounds.shape[2]
-    page_size = block_size // pages_per_block
     for name, tensor in (("key", key), ("value", value)):
-        require(tensor.dtype == key_cache.dtype, name, f"expected {key_cache.dtype}, got {tensor.dtype}")
-        require(
-            len(tensor) >= tokens and tensor.shape[1:] == (kv_heads, head_size) and tensor.stride(2) == 1,
-            name,
-            f"expected [{tokens}, {kv_heads}, {head_size}] with contiguous heads, got {tuple(tensor.shape)} "
-            f"with strides {tensor.stride()}",
+        if (
+            tensor.dtype != key_cache.dtype
+            or len(tensor) < tokens
+            or tensor.shape[1:] != (kv_heads, head_size)
+            or tensor.stride(2) != 1
+        ):
+            raise ValueError(
+                f"{name}: expected [{tokens}, {kv_heads}, {head_size}] {key_cache.dtype}, heads contiguous, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
+            )
+    page_size = block_size // bounds.shape[2]
+    if (
+        check_bounds(bounds, head_size) != dtype
+        or bounds.shape[:2] != (num_blocks, kv_heads)
+        or page_size not in PAGE_SIZES
+    ):
+        raise ValueError(
+            f"bounds: expected [{num_blocks}, {kv_heads}, P, 2, {head_size}] {key_cache.dtype} with pages of "
+            f"{PAGE_SIZES} tokens, got {tuple(bounds.shape)} {bounds.dtype}"
         )
-    require(bounds.dtype == key_cache.dtype, "bounds", f"expected {key_cache.dtype}, got {bounds.dtype}")
-    require(
-        bounds.shape == (*key_cache.shape[:2], pages_per_block, 2, head_size)
-        and bounds.stride()[2:] == (2 * head_size, head_size, 1)
-        and page_size in (8, 16, 32, 64),
-        "bounds",
-        f"expected [B, H, P, 2, {head_size}] with contiguous [P, 2, D] and pages of 8, 16, 32 or 64 tokens, "
-        f"got {tuple(bounds.shape)} with strides {bounds.stride()}",
-    )
-    check_rows("slot_mapping", slot_mapping, torch.int64, tokens)
+    check_integers("slot_mapping", slot_mapping, torch.int64, tokens)
     kernel = store_kernel(dtype, head_size, page_size, block_size)
     threads, counter = use_torch_threads(), new_counter()
     chunks = chunks_for_balance(kv_heads, threads, head_size // LANES)

@@ -1,0 +1,217 @@
+"""One decode step of one request: QUEST's compiled operations against vLLM's dense CPU kernel.
+
+    python -m benchmarks.cpu_kernels [--json PATH] [--contexts 8192 32768] [--repeats 30]
+
+Both sides run in the same process on the same contexts, one after the other in every repeat, so that a busy
+machine slows both. A step stores one token and computes one layer's attention. Requests rotate through a pool
+of blocks of at least half a gigabyte, and every contender has its own: between two steps of one contender the
+others read theirs. Numbers are milliseconds: the median, and the 10th and 90th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+import vllm
+import vllm._C
+from vllm import _custom_ops as ops
+
+from vllm_quest.kernels import cpu
+from vllm_quest.layout import PageLayout
+
+KV_HEADS, GROUP, HEAD_SIZE = 8, 4, 128
+SCALE = HEAD_SIZE**-0.5
+TOKEN_BUDGET, SINK_PAGES, RECENT_PAGES = 2048, 1, 2
+DENSE_BLOCK_SIZES = (32, 128)  # the smallest that the kernel takes, and the platform's default
+PARTS = ("store", "score", "select", "attend")
+
+
+def random_cache(num_blocks: int, block_size: int, content: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(num_blocks, KV_HEADS, block_size, content, dtype=dtype).uniform_(-1, 1)
+
+
+class Requests:
+    """Block tables of requests of `context` tokens that share a pool of `tokens` tokens."""
+
+    def __init__(self, context: int, tokens: int, block_size: int) -> None:
+        blocks = context // block_size
+        shuffled = torch.randperm(tokens // block_size, generator=torch.Generator().manual_seed(0)).int()
+        self.block_tables = shuffled[: len(shuffled) // blocks * blocks].view(-1, 1, blocks)
+        self.seq_lens = torch.tensor([context], dtype=torch.int32)
+        self.block_size = block_size
+
+    def step(self, repeat: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block table of the request whose turn it is, and the slot of its newest token."""
+        table = self.block_tables[repeat % len(self.block_tables)]
+        return table, table[0, -1:].long() * self.block_size + self.block_size - 1
+
+
+class Dense:
+    """vLLM's kernel over the whole context."""
+
+    def __init__(self, block_size: int, tokens: int, dtype: torch.dtype) -> None:
+        self.name = f"dense, {block_size}-token blocks"
+        self.block_size, self.tokens, self.dtype = block_size, tokens, dtype
+        cache = random_cache(tokens // block_size, block_size, 2 * HEAD_SIZE, dtype)
+        self.caches = cache.view(len(cache), KV_HEADS, 2 * block_size, HEAD_SIZE).chunk(2, dim=2)
+
+    def prepare(self, context: int) -> None:
+        self.requests = Requests(context, self.tokens, self.block_size)
+        self.starts = torch.tensor([0, 1], dtype=torch.int32)
+        self.metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=1,
+            num_heads=KV_HEADS * GROUP,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_SIZE,
+            seq_lens=self.requests.seq_lens,
+            dtype=self.dtype,
+            query_start_loc=self.starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa="vec",
+            enable_kv_split=True,
+        )
+
+    def step(self, repeat: int, query, key, value) -> list[float]:
+        table, slots = self.requests.step(repeat)
+        out = torch.empty_like(query)
+        start = time.perf_counter()
+        ops.cpu_attn_reshape_and_cache(key, value, *self.caches, slots, "vec")
+        ops.cpu_attention_with_kv_cache(
+            query, *self.caches, out, self.starts, self.requests.seq_lens, SCALE, True, None, -1, table, 0.0,
+            self.metadata, None,
+        )  # fmt: skip
+        return [time.perf_counter() - start]
+
+
+class Quest:
+    """The four operations."""
+
+    def __init__(self, block_size: int, page_size: int, tokens: int, dtype: torch.dtype) -> None:
+        self.name = f"QUEST, {page_size}-token pages"
+        self.block_size, self.page_size, self.tokens = block_size, page_size, tokens
+        layout = PageLayout(block_size, page_size, HEAD_SIZE, for_cpu=True)
+        content = layout.content_size(page_size, HEAD_SIZE)
+        self.views = layout.views(random_cache(tokens // block_size, block_size, content, dtype))
+        self.views.bounds.copy_(self.views.bounds.sort(dim=3).values)
+        start = time.perf_counter()
+        cpu.warm_up(HEAD_SIZE, KV_HEADS * GROUP, KV_HEADS, page_size, block_size, dtype, "max")
+        self.compile_seconds = time.perf_counter() - start
+
+    def prepare(self, context: int) -> None:
+        self.requests = Requests(context, self.tokens, self.block_size)
+        self.num_pages = self.requests.seq_lens // self.page_size
+
+    def step(self, repeat: int, query, key, value) -> list[float]:
+        """Seconds of each part."""
+        views, (table, slots) = self.views, self.requests.step(repeat)
+        clock = [time.perf_counter()]
+        cpu.store(key, value, views.key, views.value, views.bounds, slots)
+        clock.append(time.perf_counter())
+        scores = cpu.score_pages(query, views.bounds, table, self.num_pages, SCALE, "max")
+        clock.append(time.perf_counter())
+        budget = TOKEN_BUDGET // self.page_size
+        pages = cpu.select_pages(scores, self.num_pages, budget, SINK_PAGES, RECENT_PAGES)
+        clock.append(time.perf_counter())
+        seq_lens = self.requests.seq_lens
+        cpu.attend_pages(query, views.key, views.value, table, seq_lens, pages, self.page_size, SCALE)
+        clock.append(time.perf_counter())
+        return list(np.diff(clock))
+
+
+def measure(contenders: list, context: int, repeats: int, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """Milliseconds of each contender, ``[repeats, parts]``."""
+    seconds: dict[str, list] = {contender.name: [] for contender in contenders}
+    for contender in contenders:
+        contender.prepare(context)
+    for repeat in range(-2, repeats):
+        query = torch.randn(1, KV_HEADS * GROUP, HEAD_SIZE).to(dtype)
+        key, value = torch.randn(2, 1, KV_HEADS, HEAD_SIZE).to(dtype)
+        for contender in contenders:
+            parts = contender.step(repeat, query, key, value)
+            if repeat >= 0:
+                seconds[contender.name].append(parts)
+    return {name: np.array(rows) * 1e3 for name, rows in seconds.items()}
+
+
+def summary(milliseconds: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(milliseconds.sum(1), [10, 50, 90])
+    return {"p10": float(low), "median": float(median), "p90": float(high)}
+
+
+def report(times: dict[str, np.ndarray], context: int, dtype: torch.dtype) -> list[dict]:
+    """Prints one context's table and returns its rows."""
+    totals = {name: summary(rows) for name, rows in times.items()}
+    dense = min((name for name in times if name.startswith("dense")), key=lambda name: totals[name]["median"])
+    rows = []
+    print(f"\n{context:,} tokens, {str(dtype)[6:]}")
+    print(
+        f"  {'':26} {'median':>8} {'p10':>8} {'p90':>8} {'faster by':>10} "
+        + "".join(f"{p:>8}" for p in PARTS)
+    )
+    for name, samples in times.items():
+        total = totals[name]
+        row = {"context": context, "dtype": str(dtype)[6:], "name": name, **total}
+        row["ratio"] = totals[dense]["median"] / total["median"]
+        row["ratio_p10"] = totals[dense]["p10"] / total["p10"]
+        parts = ""
+        if not name.startswith("dense"):
+            row["parts"] = dict(zip(PARTS, np.median(samples, 0).tolist(), strict=True))
+            parts = "".join(f"{part:8.3f}" for part in row["parts"].values())
+        loss = "  LOSES" if row["ratio"] < 1 and name.startswith("QUEST") else ""
+        figures = "".join(f" {total[key]:8.3f}" for key in ("median", "p10", "p90"))
+        print(f"  {name:26}{figures} {row['ratio']:9.2f}x {parts}{loss}")
+        rows.append(row)
+    return rows
+
+
+def machine() -> dict[str, object]:
+    with open("/proc/cpuinfo") as lines:
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "vllm": vllm.__version__,
+        "shape": f"{KV_HEADS} KV heads, group {GROUP}, head size {HEAD_SIZE}, budget {TOKEN_BUDGET}, 1 row",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
+    parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--block-size", type=int, default=32, help="QUEST's; the dense kernel has its own two"
+    )
+    parser.add_argument("--repeats", type=int, default=30)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    about, rows = machine(), []
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    for dtype in (getattr(torch, name) for name in arguments.dtypes):
+        tokens = max(*arguments.contexts, 2**29 // (KV_HEADS * HEAD_SIZE * dtype.itemsize))
+        contenders: list = [Dense(block_size, tokens, dtype) for block_size in DENSE_BLOCK_SIZES]
+        contenders += [Quest(arguments.block_size, size, tokens, dtype) for size in arguments.page_sizes]
+        for quest in contenders[len(DENSE_BLOCK_SIZES) :]:
+            print(f"{quest.name}, {str(dtype)[6:]}: compiled or loaded in {quest.compile_seconds:.2f} s")
+        for context in arguments.contexts:
+            rows += report(measure(contenders, context, arguments.repeats, dtype), context, dtype)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
