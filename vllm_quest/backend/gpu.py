@@ -18,7 +18,6 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionLayer,
     CommonAttentionMetadata,
-    MultipleOf,
     max_decode_query_len,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
@@ -47,11 +46,6 @@ class QuestGPUBackend(QuestBackend):
     def supports_head_size(cls, head_size: int) -> bool:
         """Up to 256 channels, in steps that keep every vector aligned to 16 bytes."""
         return 16 <= head_size <= 256 and head_size % 16 == 0
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any block that vLLM's dense kernels take."""
-        return [MultipleOf(16)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -215,8 +209,12 @@ class QuestGPUMetadataBuilder:
         return DecodeRows(block_table, self.row_lens[:rows], self.row_pages[:rows])
 
     def _count(self, batch: CommonAttentionMetadata, request: torch.Tensor, after: torch.Tensor) -> None:
-        """Counts the step on the host; lengths are vLLM's upper bounds, exact but for asynchronous drafts."""
-        assert batch.seq_lens_cpu_upper_bound is not None
+        """Counts the step on the host; lengths are vLLM's upper bounds, exact but for asynchronous drafts.
+
+        The steps of a drafting model come without; they are not counted.
+        """
+        if batch.seq_lens_cpu_upper_bound is None:
+            return
         lens = (batch.seq_lens_cpu_upper_bound[request] - after).clamp(min=0)
         prefill_tokens = int(batch.query_start_loc_cpu[-1]) - len(request)
         counts = StepCounts.of(
