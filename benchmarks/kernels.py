@@ -1,0 +1,284 @@
+"""Times one decode step of one layer on a GPU: QUEST's four launches against vLLM's dense kernels.
+
+    python -m benchmarks.kernels [--geometry llama-3.1-8b] [--context 4096 32768 131072] [--batch 1 8 64]
+                                 [--budget 2048] [--page-size 16] [--json PATH]
+
+A step stores one token per row and computes attention. It is captured in a CUDA graph of several layers, each
+with its own cache, together larger than the L2 cache: every layer finds it cold, as in a model. Times are
+medians of the graph's replays, divided by the layers. The limit is `benchmarks.roofline`'s bytes at the
+device's copy bandwidth, which is measured first. Without a GPU nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.roofline import GEOMETRIES, Geometry, Step
+from vllm_quest.kernels import triton as kernels
+from vllm_quest.layout import PageLayout
+
+SINK_PAGES, RECENT_PAGES = 1, 2
+DTYPE = torch.bfloat16
+MAX_LAYERS = 16
+
+
+def median_ms(step: Callable[[], object], repeats: int) -> float:
+    """Median time of `step`, captured in a CUDA graph."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 3)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = sorted(start.elapsed_time(end) for start, end in events[3:])
+    return times[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """GB/s that a plain copy moves, read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / 1e6 / median_ms(lambda: target.copy_(source), 20)
+
+
+class Rows:
+    """What the kernels of both sides are given, but for the cache: scattered blocks, new K, V and q."""
+
+    def __init__(self, geometry: Geometry, batch: int, context: int, block_size: int) -> None:
+        blocks = math.ceil(context / block_size)
+        self.num_blocks = batch * blocks
+        table = torch.randperm(self.num_blocks, device="cuda").int().view(batch, blocks)
+        self.block_table, self.context = table, context
+        self.seq_lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        last = (context - 1) % block_size
+        self.slot_mapping = table[:, -1].long() * block_size + last
+        self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        shape = (batch, geometry.num_kv_heads, geometry.head_size)
+        self.key, self.value = (torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2))
+        self.query = torch.randn(batch, geometry.num_heads, geometry.head_size, device="cuda", dtype=DTYPE)
+        self.out = torch.empty_like(self.query)
+        self.scale = geometry.head_size**-0.5
+
+
+def random_caches(rows: Rows, geometry: Geometry, block_size: int, content: int, layers: int) -> list:
+    shape = (rows.num_blocks, geometry.num_kv_heads, block_size, content)
+    return [torch.empty(shape, dtype=DTYPE, device="cuda").normal_() for _ in range(layers)]
+
+
+def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, layers: int) -> Callable:
+    content = layout.content_size(layout.page_size, layout.head_size)
+    caches = random_caches(rows, geometry, layout.block_size, content, layers)
+    views = [layout.views(cache) for cache in caches]
+    for pages in views:  # random bounds, but kmin below kmax
+        kmin, kmax = (bound.clone() for bound in pages.bounds.unbind(3))
+        torch.minimum(kmin, kmax, out=pages.bounds[:, :, :, 0])
+        torch.maximum(kmin, kmax, out=pages.bounds[:, :, :, 1])
+    budget_pages, page_size = budget // layout.page_size, layout.page_size
+    num_pages = (rows.seq_lens + page_size - 1) // page_size
+    workspace = kernels.Workspace.for_decode(
+        max_rows=len(rows.query),
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_size=geometry.head_size,
+        max_pages=rows.block_table.shape[1] * layout.pages_per_block,
+        budget_pages=budget_pages,
+        page_size=page_size,
+        group_reduce="max",
+        device=rows.query.device,
+    )
+
+    def step() -> None:
+        for pages in views:
+            kernels.store(rows.key, rows.value, pages.key, pages.value, pages.bounds, rows.slot_mapping)
+            scores = kernels.score_pages(
+                rows.query, pages.bounds, rows.block_table, num_pages, rows.scale, "max", workspace=workspace
+            )
+            page_indices = kernels.select_pages(
+                scores, num_pages, budget_pages, SINK_PAGES, RECENT_PAGES, workspace=workspace
+            )
+            kernels.attend_pages(
+                rows.query,
+                pages.key,
+                pages.value,
+                rows.block_table,
+                rows.seq_lens,
+                page_indices,
+                page_size,
+                rows.scale,
+                out=rows.out,
+                workspace=workspace,
+            )
+
+    return step
+
+
+def dense_step(rows: Rows, geometry: Geometry, block_size: int, layers: int, attend: Callable) -> Callable:
+    from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
+
+    caches = random_caches(rows, geometry, block_size, 2 * geometry.head_size, layers)
+    one = torch.ones((), device="cuda")
+
+    def step() -> None:
+        for cache in caches:
+            key_cache, value_cache = cache.transpose(1, 2).split(geometry.head_size, dim=-1)
+            reshape_and_cache_flash(
+                rows.key, rows.value, key_cache, value_cache, rows.slot_mapping, "auto", one, one
+            )
+            attend(rows, key_cache, value_cache)
+
+    return step
+
+
+def flash_attn(rows: Rows, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    flash_attn_varlen_func(
+        q=rows.query,
+        k=key_cache,
+        v=value_cache,
+        out=rows.out,
+        cu_seqlens_q=rows.starts,
+        max_seqlen_q=1,
+        seqused_k=rows.seq_lens,
+        max_seqlen_k=rows.context,
+        softmax_scale=rows.scale,
+        causal=True,
+        block_table=rows.block_table,
+        fa_version=get_flash_attn_version(head_size=rows.query.shape[2]),
+    )
+
+
+def triton_attn(rows: Rows, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    segments, (batch, heads, head_size) = 16, rows.query.shape
+    sums = [torch.empty(batch, heads, segments, device="cuda") for _ in range(2)]
+    unified_attention(
+        q=rows.query,
+        k=key_cache,
+        v=value_cache,
+        out=rows.out,
+        cu_seqlens_q=rows.starts,
+        max_seqlen_q=1,
+        seqused_k=rows.seq_lens,
+        max_seqlen_k=rows.context,
+        softmax_scale=rows.scale,
+        causal=True,
+        window_size=(-1, -1),
+        block_table=rows.block_table,
+        softcap=0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        seq_threshold_3D=128 // key_cache.shape[2],
+        num_par_softmax_segments=segments,
+        softmax_segm_output=torch.empty(
+            batch, heads, segments, triton.next_power_of_2(head_size), device="cuda"
+        ),
+        softmax_segm_max=sums[0],
+        softmax_segm_expsum=sums[1],
+    )
+
+
+DENSE = {"FLASH_ATTN": flash_attn, "TRITON_ATTN": triton_attn}
+
+
+def measure(name: str, step: Step, repeats: int, bandwidth: float) -> dict:
+    """One configuration: milliseconds per layer of QUEST and of each dense kernel that runs here."""
+    geometry = step.geometry
+    layout = PageLayout(step.block_size, step.page_size, geometry.head_size, for_cpu=False)
+    rows = Rows(geometry, step.batch, step.context, step.block_size)
+    moved = sum(step.quest().values())
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    layers = max(2, min(MAX_LAYERS, math.ceil(4 * l2_bytes / moved)))
+    times, left_out = {}, {}
+    for kind in ("QUEST", *DENSE):
+        try:
+            if kind == "QUEST":
+                total = median_ms(quest_step(rows, geometry, layout, step.token_budget, layers), repeats)
+            else:
+                total = median_ms(dense_step(rows, geometry, step.block_size, layers, DENSE[kind]), repeats)
+            times[kind] = total / layers
+        except (ImportError, NotImplementedError, RuntimeError) as error:  # not installed, or out of memory
+            left_out[kind] = f"{type(error).__name__}: {error}".splitlines()[0]
+        torch.cuda.empty_cache()
+    quest = times.get("QUEST", math.nan)
+    dense = min((time for kind, time in times.items() if kind != "QUEST"), default=math.nan)
+    return {
+        "geometry": name,
+        "batch": step.batch,
+        "context": step.context,
+        "token_budget": step.token_budget,
+        "page_size": step.page_size,
+        "layers": layers,
+        "milliseconds": times,
+        "left_out": left_out,
+        "speed_up": dense / quest,
+        "gb_per_s": moved / 1e6 / quest,
+        "share_of_limit": moved / 1e6 / quest / bandwidth,
+    }
+
+
+def line(row: dict) -> str:
+    times = "".join(f"{kind} {time:.4f} ms  " for kind, time in row["milliseconds"].items())
+    missing = "".join(f"  no {kind}: {reason}" for kind, reason in row["left_out"].items())
+    return (
+        f"{row['geometry']:19} batch {row['batch']:<3} context {row['context']:<8}"
+        f"budget {row['token_budget']:<6} page {row['page_size']:<4}{times}{row['speed_up']:.2f}x  "
+        f"{row['gb_per_s']:.0f} GB/s  {row['share_of_limit']:.0%} of the limit{missing}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["llama-3.1-8b"])
+    parser.add_argument("--context", nargs="+", type=int, default=[4096, 8192, 32768, 131072])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--budget", nargs="+", type=int, default=[2048])
+    parser.add_argument("--page-size", nargs="+", type=int, default=[16])
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--json", type=Path, help="write the results there")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("No GPU here: nothing was measured.")
+        return
+    bandwidth = copy_bandwidth()
+    device = torch.cuda.get_device_name(0)
+    print(f"{device}, {bandwidth:.0f} GB/s, torch {torch.__version__}, Triton {triton.__version__}")
+    results = []
+    configurations = itertools.product(
+        arguments.geometry, arguments.batch, arguments.context, arguments.budget, arguments.page_size
+    )
+    for name, batch, context, budget, page_size in configurations:
+        step = Step(GEOMETRIES[name], batch, context, budget, page_size, block_size=max(16, page_size))
+        results.append(measure(name, step, arguments.repeats, bandwidth))
+        print(line(results[-1]), flush=True)
+    if arguments.json:
+        entries = {
+            "device": device,
+            "bandwidth": bandwidth,
+            "date": datetime.date.today().isoformat(),
+            "versions": {"torch": torch.__version__, "triton": triton.__version__},
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
