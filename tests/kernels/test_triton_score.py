@@ -62,10 +62,10 @@ def test_scores_are_the_references(dtype, block_size, page_size, head_size, grou
 @pytest.mark.parametrize("group_reduce", ["max", "softmax_mean"])
 def test_one_long_row_is_split(group_reduce) -> None:
     cache, table, num_pages = rows_of(
-        [2500, 9], heads=1, block_size=32, page_size=8, head_size=16, dtype=DTYPES[0]
+        [2500, 9, 700, 17], block_size=64, page_size=8, head_size=16, dtype=DTYPES[0]
     )
-    query = query_for(cache, 2, 3) * 4
-    # 313 pages are five tiles: the long row has several splits, and the short one leaves all but one idle.
+    query = query_for(cache, 4, 3) * 4
+    # 313 pages are five tiles: the long row has several splits of several tiles, the short ones one tile.
     assert_scores(query, cache.pages.bounds, table, num_pages, 0.25, group_reduce)
 
 
