@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from tqdm import tqdm
 
 from benchmarks.documents import string_methods
-from benchmarks.engine_run import EngineRun, num_stages, run_engine
+from benchmarks.engine_run import Engine, EngineRun
 from benchmarks.model import ModelError, prepare_model
 from benchmarks.report import answers_text, as_json, figures, judge, table_text
 from vllm_quest.config import QuestConfig, QuestConfigError
@@ -55,7 +55,7 @@ def run_demo(model: str, arguments: argparse.Namespace) -> None:
     context = max(dense.prompt_tokens)
     print(
         ", ".join(f"{name} {value}" for name, value in machine.items()),
-        f"model {Path(model).name}, context {context} tokens, batch 1, greedy; {config}",
+        f"{Path(model).name}, context {context} tokens, batch 1, greedy, median of {arguments.repeats}\n{config}",
         answers_text(verdicts),
         table_text(rows),
         sep="\n\n",
@@ -78,34 +78,53 @@ def run_demo(model: str, arguments: argparse.Namespace) -> None:
 def _run_both(
     model: str, prompts: list[str], arguments: argparse.Namespace
 ) -> tuple[EngineRun, EngineRun, QuestConfig]:
-    """Dense, then QUEST with a quarter of the context unless a budget was named."""
+    """Dense, then QUEST with a quarter of the context unless a budget was named; timed in turns.
+
+    Whatever else the machine does meanwhile then slows both.
+    """
+    import vllm_quest
+
+    common: dict[str, Any] = {"model": model, "max_model_len": MAX_MODEL_LEN}
+    repeats, page_size = arguments.repeats, arguments.page_size
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=2 * (1 + len(prompts) + repeats), unit="stage"))
+        dense = _started("dense", prompts, bar, stack, common | _dense_backend())
+        quarter = min(dense.run.prompt_tokens) // 4 // page_size * page_size
+        config = QuestConfig(page_size=page_size, token_budget=arguments.token_budget or quarter)
+        backend = {"attention_backend": "QUEST", "additional_config": {"quest": asdict(config)}}
+        quest = _started("QUEST", prompts, bar, stack, common | backend)
+        for _ in range(repeats):
+            for name, engine in (("dense", dense), ("QUEST", quest)):
+                with _stage(bar, f"{name}: time decoding"):
+                    engine.time_decoding(prompts[0])
+        quest.run.counters = vllm_quest.read_counters()
+    return dense.run, quest.run, config
+
+
+def _dense_backend() -> dict[str, str]:
     from vllm.platforms import current_platform
 
-    dense_args = {"attention_backend": "CPU_ATTN"} if current_platform.is_cpu() else {}
-    with tqdm(total=2 * num_stages(len(prompts), arguments.repeats), unit="stage") as bar:
+    return {"attention_backend": "CPU_ATTN"} if current_platform.is_cpu() else {}
 
-        def run(name: str, **engine_args: Any) -> EngineRun:
-            @contextmanager
-            def stage(work: str) -> Iterator[None]:
-                bar.set_description(f"{name}: {work}")
-                yield
-                bar.update()
 
-            return run_engine(
-                prompts,
-                arguments.repeats,
-                stage,
-                model=model,
-                max_model_len=MAX_MODEL_LEN,
-                **engine_args,
-            )
+def _started(
+    name: str, prompts: list[str], bar: tqdm, stack: ExitStack, engine_args: dict[str, Any]
+) -> Engine:
+    """An engine that has answered every prompt; `stack` closes it."""
+    with _stage(bar, f"{name}: start the engine"):
+        engine = Engine(**engine_args)
+    stack.callback(engine.close)
+    for number, prompt in enumerate(prompts, start=1):
+        with _stage(bar, f"{name}: question {number}"):
+            engine.ask(prompt)
+    return engine
 
-        dense = run("dense", **dense_args)
-        page_size = arguments.page_size
-        quarter = min(dense.prompt_tokens) // 4 // page_size * page_size
-        config = QuestConfig(page_size=page_size, token_budget=arguments.token_budget or quarter)
-        quest = run("QUEST", attention_backend="QUEST", additional_config={"quest": asdict(config)})
-    return dense, quest, config
+
+@contextmanager
+def _stage(bar: tqdm, work: str) -> Iterator[None]:
+    bar.set_description(work)
+    yield
+    bar.update()
 
 
 def _machine() -> dict[str, str]:

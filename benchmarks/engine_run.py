@@ -1,17 +1,10 @@
-"""One engine with one backend: its answers, and what decoding costs."""
+"""An engine with one backend: its answers, and what decoding costs."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vllm import LLM
-
-Stage = Callable[[str], AbstractContextManager[None]]  # around each piece of work, with its name
+from dataclasses import dataclass, field
+from typing import Any
 
 KV_CACHE_BYTES = 1 << 30
 ANSWER_TOKENS = 32
@@ -20,114 +13,93 @@ TIMED_STEPS = 32
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy continuation."""
+    """A greedy answer."""
 
     text: str
     token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineRun:
     """What one engine did.
 
     Attributes:
-        answers: One per prompt.
-        prompt_tokens: Tokens of each prompt.
-        tokens_per_s: Decode speed of each repeat, batch 1, prefill not included.
-        attention_ms: Decode attention per step of each repeat, all layers; empty where CUDA graphs hide it.
         kv_bytes_per_token: KV memory that one token of context takes.
         block_size: Tokens per block that vLLM allocates.
         head_size: Channels per head.
-        counters: How QUEST's counters grew; all zero for a dense backend.
+        answers: One per question asked.
+        prompt_tokens: Tokens of each prompt.
+        tokens_per_s: Decode speed of each repeat, batch 1, prefill not included.
+        attention_ms: Decode attention per step of each repeat, all layers; empty where CUDA graphs hide it.
+        counters: QUEST's counters; all zero for a dense backend.
     """
 
-    answers: tuple[Answer, ...]
-    prompt_tokens: tuple[int, ...]
-    tokens_per_s: tuple[float, ...]
-    attention_ms: tuple[float, ...]
     kv_bytes_per_token: float
     block_size: int
     head_size: int
-    counters: dict[str, int]
+    answers: list[Answer] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+    attention_ms: list[float] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
 
 
-def run_engine(prompts: list[str], repeats: int, stage: Stage, **engine_args: Any) -> EngineRun:
-    """Starts an engine, asks, measures, and shuts it down.
+class Engine:
+    """A running engine that collects its figures in `run`."""
 
-    Args:
-        prompts: User messages; the first is the one that is timed.
-        repeats: How often each time is taken.
-        stage: Entered `num_stages` times.
-        **engine_args: For vLLM's `LLM`.
-    """
-    from vllm import LLM
-    from vllm.platforms import current_platform
+    def __init__(self, **engine_args: Any) -> None:
+        """Starts vLLM's `LLM` with `engine_args`."""
+        from vllm import LLM
+        from vllm.platforms import current_platform
 
-    import vllm_quest
-
-    on_cpu = current_platform.is_cpu()
-    before = vllm_quest.read_counters()
-    with stage("start the engine"):
-        llm = LLM(**(_engine_args(on_cpu) | engine_args))
-    try:
-        outputs = []
-        for number, prompt in enumerate(prompts, start=1):
-            with stage(f"question {number}"):
-                outputs.append(_generate(llm, prompt, max_tokens=ANSWER_TOKENS, stop=["\n\n"]))
-        timings = []
-        for _ in range(repeats):
-            with stage("time decoding"):
-                timings.append(_time_decode(llm, prompts[0]))
-        config = llm.llm_engine.vllm_config
-        return EngineRun(
-            answers=tuple(Answer(o.outputs[0].text, tuple(o.outputs[0].token_ids)) for o in outputs),
-            prompt_tokens=tuple(len(o.prompt_token_ids) for o in outputs),
-            tokens_per_s=tuple(speed for speed, _ in timings),
-            attention_ms=tuple(attention for _, attention in timings) if on_cpu else (),
-            kv_bytes_per_token=sum(llm.collective_rpc("kv_bytes_per_token")),
+        self.eager = current_platform.is_cpu()  # on GPUs CUDA graphs, as users run it
+        defaults = {
+            "dtype": "float32" if current_platform.is_cpu() else "auto",
+            "enforce_eager": self.eager,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "gpu_memory_utilization": 0.4,  # what must be free: room for two engines
+            "enable_prefix_caching": True,
+            "disable_log_stats": False,  # fills in RequestOutput.metrics
+            "use_tqdm_on_load": False,
+            "worker_extension_cls": "benchmarks.attention_timer.AttentionTimer",
+        }
+        self.llm = LLM(**(defaults | engine_args))
+        config = self.llm.llm_engine.vllm_config
+        self.run = EngineRun(
+            kv_bytes_per_token=sum(self.llm.collective_rpc("kv_bytes_per_token")),
             block_size=config.cache_config.block_size,
             head_size=config.model_config.get_head_size(),
-            counters={key: value - before[key] for key, value in vllm_quest.read_counters().items()},
         )
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+
+    def ask(self, prompt: str) -> None:
+        """Answers `prompt` greedily, one paragraph."""
+        output = self._generate(prompt, max_tokens=ANSWER_TOKENS, stop=["\n\n"])
+        self.run.answers.append(Answer(output.outputs[0].text, tuple(output.outputs[0].token_ids)))
+        self.run.prompt_tokens.append(len(output.prompt_token_ids))
+
+    def time_decoding(self, prompt: str) -> None:
+        """Decode tokens/s without a timer inside the engine, then attention per step with one.
+
+        vLLM stamps the first and the last token of a request: what lies between is decoding, nothing else.
+        """
+        metrics = self._generate(prompt, max_tokens=TIMED_STEPS + 1, ignore_eos=True).metrics
+        self.run.tokens_per_s.append(TIMED_STEPS / (metrics.last_token_ts - metrics.first_token_ts))
+        if self.eager:
+            self.llm.collective_rpc("start_attention_timer")
+            self._generate(prompt, max_tokens=TIMED_STEPS + 1, ignore_eos=True)
+            seconds = max(self.llm.collective_rpc("stop_attention_timer"))
+            self.run.attention_ms.append(1000 * seconds / TIMED_STEPS)
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
         gc.collect()
 
+    def _generate(self, prompt: str, **sampling: Any) -> Any:
+        from vllm import SamplingParams
 
-def num_stages(num_prompts: int, repeats: int) -> int:
-    """How many stages `run_engine` has."""
-    return 1 + num_prompts + repeats
-
-
-def _engine_args(on_cpu: bool) -> dict[str, Any]:
-    return {
-        "dtype": "float32" if on_cpu else "auto",
-        "enforce_eager": on_cpu,  # on GPUs CUDA graphs, as users run it
-        "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "enable_prefix_caching": True,
-        "disable_log_stats": False,  # fills in RequestOutput.metrics
-        "use_tqdm_on_load": False,
-        "worker_extension_cls": "benchmarks.attention_timer.AttentionTimer",
-    }
-
-
-def _generate(llm: LLM, prompt: str, **sampling: Any) -> Any:
-    from vllm import SamplingParams
-
-    messages: Any = [{"role": "user", "content": prompt}]
-    (output,) = llm.chat([messages], SamplingParams(temperature=0, **sampling), use_tqdm=False)
-    return output
-
-
-def _time_decode(llm: LLM, prompt: str) -> tuple[float, float]:
-    """Decode tokens/s without a timer inside the engine, then milliseconds of attention per step with it.
-
-    vLLM stamps the first and the last token of a request: what lies between is decoding, nothing else.
-    """
-    metrics = _generate(llm, prompt, max_tokens=TIMED_STEPS + 1, ignore_eos=True).metrics
-    speed = TIMED_STEPS / (metrics.last_token_ts - metrics.first_token_ts)
-    llm.collective_rpc("start_attention_timer")
-    _generate(llm, prompt, max_tokens=TIMED_STEPS + 1, ignore_eos=True)
-    seconds = max(llm.collective_rpc("stop_attention_timer"))
-    return speed, 1000 * seconds / TIMED_STEPS
+        messages: Any = [{"role": "user", "content": prompt}]
+        parameters = SamplingParams(temperature=0, **sampling)
+        (output,) = self.llm.chat([messages], parameters, use_tqdm=False)
+        return output
