@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
 import torch
 from numba import njit, prange
 
+from vllm_quest.config import GROUP_REDUCES
 from vllm_quest.kernels.cpu.elements import SIZE
 from vllm_quest.kernels.cpu.launch import (
     CACHE_LINE,
@@ -49,10 +51,9 @@ from vllm_quest.kernels.cpu.simd import (
 __all__ = ["score_pages"]
 
 LANES = 16
-SOON, LATER = 4, 16  # pages ahead that are prefetched
+SOON, LATER = 8, 32  # pages ahead that are prefetched
 CHUNK_PAGES = 128  # what one thread takes at a time
-LOG2_E = 1.4426950408889634
-GROUP_REDUCES = ("max", "mean", "softmax_mean")
+LOG2_E = math.log2(math.e)
 
 
 @cache
@@ -180,11 +181,8 @@ def score_pages(
     Returns:
         ``[R, H, M * P]`` float32; -inf where the row has no such page.
     """
-    dtype, query_dtype = (
-        check_bounds(bounds, query.shape[-1]),
-        check_query(query, bounds.shape[1], bounds.shape[4]),
-    )
     rows, num_heads, head_size = query.shape
+    dtype, query_dtype = check_bounds(bounds, head_size), check_query(query, bounds.shape[1], head_size)
     kv_heads, pages_per_block = bounds.shape[1:3]
     check_integers("block_table", block_table, torch.int32, rows)
     check_integers("num_pages", num_pages, torch.int32, rows)
@@ -202,7 +200,7 @@ def score_pages(
         threads, counter.ctypes.data, query.data_ptr(), query.stride(0), query.stride(1),
         bounds.data_ptr(), bounds.stride(0), bounds.stride(1), block_table.data_ptr(), block_table.stride(0),
         num_pages.data_ptr(), target.data_ptr(), target.shape[2], rows, kv_heads,
-        -(-block_table.shape[1] // chunk_blocks), chunk_blocks,
+        max(1, -(-block_table.shape[1] // chunk_blocks)), chunk_blocks,
     )  # fmt: skip
     if group_reduce == "softmax_mean":
         counter = new_counter()

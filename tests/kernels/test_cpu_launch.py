@@ -1,0 +1,90 @@
+"""Launchers of the compiled operations: warm-up leaves nothing to compile, wrong arguments are named."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from tests.kernels.cache import PagedCache
+from vllm_quest.kernels import cpu
+
+MODULES = [sys.modules[f"vllm_quest.kernels.cpu.{name}"] for name in ("store", "score", "select", "attend")]
+FACTORIES = [getattr(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
+
+
+@pytest.mark.parametrize("reduce", ["max", "softmax_mean"])
+def test_warm_up_compiles_everything(reduce) -> None:
+    cpu.warm_up(80, 16, 1, 32, 64, torch.float16, reduce)
+    kernels = [factory.cache_info().misses for factory in FACTORIES]
+    cache = PagedCache(num_kv_heads=1, block_size=64, page_size=32, head_size=80, dtype=torch.float16)
+    requests = [cache.new_request() for _ in range(3)]
+    compiled = count_compilations(lambda: decode(cache, requests, reduce))
+    assert [factory.cache_info().misses for factory in FACTORIES] == kernels
+    assert compiled == 0
+
+
+def decode(cache: PagedCache, requests: list[int], reduce: str) -> None:
+    cache.append(cpu.store, dict.fromkeys(requests, 77), padding=3)
+    table, seq_lens, num_pages = cache.rows(requests)
+    query, views = torch.randn(3, 16, 80).half(), cache.pages
+    scores = cpu.score_pages(query, views.bounds, table, num_pages, 0.1, reduce)
+    indices = cpu.select_pages(scores, num_pages, 3, 1, 2)
+    cpu.attend_pages(query, views.key, views.value, table, seq_lens, indices, 32, 0.1)
+
+
+def count_compilations(run) -> int:
+    from numba.core import event
+
+    with event.install_recorder("numba:compile") as recorder:
+        run()
+    return len(recorder.buffer)
+
+
+@pytest.fixture
+def arguments() -> dict[str, tuple]:
+    """Valid arguments of each operation, none of which is compiled before they are checked."""
+    cache = PagedCache(num_blocks=2)
+    views = cache.pages
+    key = torch.zeros(1, 2, 32)
+    query = torch.zeros(1, 4, 32)
+    table, one = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    indices = torch.zeros(1, 2, 1, dtype=torch.int32)
+    return {
+        "store": (key, key, views.key, views.value, views.bounds, torch.zeros(1, dtype=torch.int64)),
+        "score_pages": (query, views.bounds, table, one, 1.0, "max"),
+        "select_pages": (torch.zeros(1, 2, 4), one, 3, 1, 2),
+        "attend_pages": (query, views.key, views.value, table, one, indices, 8, 1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("operation", "position", "wrong", "name"),
+    [
+        ("store", 0, lambda key: key.double(), "key"),
+        ("store", 1, lambda value: value[:, :1], "value"),
+        ("store", 2, lambda cache: cache.contiguous(), "key_cache"),
+        ("store", 3, lambda cache: cache.movedim(2, 3), "value_cache"),
+        ("store", 4, lambda bounds: bounds.bfloat16(), "bounds"),
+        ("store", 4, lambda bounds: bounds[:1], "bounds"),
+        ("store", 5, lambda slots: slots.int(), "slot_mapping"),
+        ("score_pages", 0, lambda query: query[:, :3], "query"),
+        ("score_pages", 1, lambda bounds: bounds[..., :16], "bounds"),
+        ("score_pages", 2, lambda table: table.long(), "block_table"),
+        ("score_pages", 3, lambda pages: pages[:0], "num_pages"),
+        ("score_pages", 5, lambda _: "sum", "group_reduce"),
+        ("select_pages", 0, lambda scores: scores.half(), "page_scores"),
+        ("select_pages", 1, lambda pages: pages.long(), "num_pages"),
+        ("select_pages", 2, lambda _: 2, "budget_pages"),
+        ("attend_pages", 0, lambda query: query.int(), "query"),
+        ("attend_pages", 4, lambda lens: lens.long(), "seq_lens"),
+        ("attend_pages", 5, lambda indices: indices[:, :1], "page_indices"),
+        ("attend_pages", 6, lambda _: 24, "page_size"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, operation, position, wrong, name) -> None:
+    changed = list(arguments[operation])
+    changed[position] = wrong(changed[position])
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        getattr(cpu, operation)(*changed)
