@@ -158,6 +158,14 @@ def test_score_is_an_upper_bound(ops) -> None:
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_pages_always_kept_win_against_infinite_scores(ops) -> None:
+    scores = torch.full((1, 1, 12), torch.inf)
+    scores[..., [0, 5, 11]] = -torch.inf
+    pages = ops.select_pages(scores, torch.tensor([12], dtype=torch.int32), 4, 1, 2)
+    assert pages.flatten().tolist() == [0, 1, 10, 11]
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 def test_ties_go_to_the_earlier_page(ops) -> None:
     scores = torch.zeros(1, 1, 12)
     pages = ops.select_pages(scores, torch.tensor([12], dtype=torch.int32), 6, 1, 2)

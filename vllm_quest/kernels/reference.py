@@ -115,10 +115,11 @@ def select_pages(
     """
     page = torch.arange(page_scores.shape[-1])
     total = num_pages[:, None]
-    kept = (page < sink_pages) | (page >= total - recent_pages)
-    scores = page_scores.masked_fill(kept[:, None], torch.inf)
-    scores = scores.masked_fill((page >= total)[:, None], -torch.inf)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :budget_pages]
+    kept = ((page < sink_pages) | (page >= total - recent_pages)) & (page < total)
+    scores = page_scores.masked_fill((page >= total)[:, None], -torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    kept_first = kept[:, None].expand_as(order).gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, kept_first.indices)[..., :budget_pages]
     order = torch.nn.functional.pad(order, (0, budget_pages - order.shape[-1]), value=page_scores.shape[-1])
     missing = order >= total[:, None]
     order = order.masked_fill(missing, page_scores.shape[-1]).sort(-1).values
