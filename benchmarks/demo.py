@@ -14,7 +14,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ MAX_MODEL_LEN = 8192  # SmolLM2's context
 def main() -> None:
     arguments = _arguments()
     try:
-        model = str(arguments.model or prepare_model())
-        run_demo(model, arguments)
+        _config(arguments, context=MAX_MODEL_LEN)  # refuses wrong arguments before any work
+        run_demo(str(arguments.model or prepare_model()), arguments)
     except (ModelError, QuestConfigError) as error:
         sys.exit(f"error: {error}")
 
@@ -55,7 +55,8 @@ def run_demo(model: str, arguments: argparse.Namespace) -> None:
     context = max(dense.prompt_tokens)
     print(
         ", ".join(f"{name} {value}" for name, value in machine.items()),
-        f"{Path(model).name}, context {context} tokens, batch 1, greedy, median of {arguments.repeats}\n{config}",
+        f"{Path(model).name}, context {context} tokens, batch 1, greedy, median of {arguments.repeats}\n"
+        f"{config}",
         answers_text(verdicts),
         table_text(rows),
         sep="\n\n",
@@ -85,12 +86,11 @@ def _run_both(
     import vllm_quest
 
     common: dict[str, Any] = {"model": model, "max_model_len": MAX_MODEL_LEN}
-    repeats, page_size = arguments.repeats, arguments.page_size
+    repeats = arguments.repeats
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=2 * (1 + len(prompts) + repeats), unit="stage"))
         dense = _started("dense", prompts, bar, stack, common | _dense_backend())
-        quarter = min(dense.run.prompt_tokens) // 4 // page_size * page_size
-        config = QuestConfig(page_size=page_size, token_budget=arguments.token_budget or quarter)
+        config = _config(arguments, context=min(dense.run.prompt_tokens))
         backend = {"attention_backend": "QUEST", "additional_config": {"quest": asdict(config)}}
         quest = _started("QUEST", prompts, bar, stack, common | backend)
         for _ in range(repeats):
@@ -99,6 +99,13 @@ def _run_both(
                     engine.time_decoding(prompts[0])
         quest.run.counters = vllm_quest.read_counters()
     return dense.run, quest.run, config
+
+
+def _config(arguments: argparse.Namespace, context: int) -> QuestConfig:
+    """What the user asked for; the budget a quarter of `context` tokens unless named."""
+    config = QuestConfig(page_size=arguments.page_size, token_budget=64 * arguments.page_size)
+    quarter = context // 4 // config.page_size * config.page_size
+    return replace(config, token_budget=quarter if arguments.token_budget is None else arguments.token_budget)
 
 
 def _dense_backend() -> dict[str, str]:
@@ -163,7 +170,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--token-budget", type=int, metavar="N", help="default: a quarter of the context")
     parser.add_argument("--page-size", type=int, metavar="N", default=16, help="default: 16")
     parser.add_argument("--repeats", type=int, metavar="N", default=5, help="of each timing; default: 5")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error("--repeats: at least 1")
+    return arguments
 
 
 if __name__ == "__main__":
