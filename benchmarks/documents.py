@@ -50,7 +50,7 @@ def string_methods(pass_key: str = PASS_KEY) -> Document:
     """The chapter on string methods with `pass_key` and an editor's name hidden in it.
 
     Of some forty wordings tried, these are among those at which the dense model is surest of its answer, with
-    the chapters of Python 3.10 to 3.13. A model this small fails at many others, and wordings at which it is
+    the chapters of Python 3.11 to 3.13. A model this small fails at many others, and wordings at which it is
     less sure often do not survive a budget of a quarter of the context: this is a demonstration, not a
     measurement of accuracy.
     """
