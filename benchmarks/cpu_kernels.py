@@ -4,8 +4,9 @@
 
 Both sides run in the same process on the same contexts, one after the other in every repeat, so that a busy
 machine slows both. A step stores one token and computes one layer's attention. Requests rotate through a pool
-of blocks of at least half a gigabyte, and every contender has its own: between two steps of one contender the
-others read theirs. Numbers are milliseconds: the median, and the 10th and 90th percentile.
+of blocks of a gigabyte or more, and every contender has its own: between two steps of one contender the
+others read theirs. THP_MEM_ALLOC_ENABLE=1 lets torch use huge pages, for both sides. Numbers are
+milliseconds: the median, and the 10th and 90th percentile.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -159,7 +161,7 @@ def report(times: dict[str, np.ndarray], context: int, dtype: torch.dtype) -> li
     )
     for name, samples in times.items():
         total = totals[name]
-        row = {"context": context, "dtype": str(dtype)[6:], "name": name, **total}
+        row: dict[str, Any] = {"context": context, "dtype": str(dtype)[6:], "name": name, **total}
         row["ratio"] = totals[dense]["median"] / total["median"]
         row["ratio_p10"] = totals[dense]["p10"] / total["p10"]
         parts = ""
@@ -173,6 +175,21 @@ def report(times: dict[str, np.ndarray], context: int, dtype: torch.dtype) -> li
     return rows
 
 
+def compare(dtype: torch.dtype, arguments: argparse.Namespace) -> list[dict]:
+    """Measures and prints every context in one dtype."""
+    token_bytes = 2 * KV_HEADS * HEAD_SIZE * dtype.itemsize
+    tokens = max(max(arguments.contexts), 2**30 // token_bytes)
+    print(f"\n{str(dtype)[6:]}: K and V of each contender's pool take {tokens * token_bytes >> 20} MiB")
+    contenders: list = [Dense(block_size, tokens, dtype) for block_size in DENSE_BLOCK_SIZES]
+    for page_size in arguments.page_sizes:
+        contenders.append(Quest(arguments.block_size, page_size, tokens, dtype))
+        print(f"{contenders[-1].name}: compiled or loaded in {contenders[-1].compile_seconds:.2f} s")
+    rows: list[dict] = []
+    for context in arguments.contexts:
+        rows += report(measure(contenders, context, arguments.repeats, dtype), context, dtype)
+    return rows
+
+
 def machine() -> dict[str, object]:
     with open("/proc/cpuinfo") as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
@@ -183,6 +200,7 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "numba": numba.__version__,
         "vllm": vllm.__version__,
+        "huge pages": "yes" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "no",
         "shape": f"{KV_HEADS} KV heads, group {GROUP}, head size {HEAD_SIZE}, budget {TOKEN_BUDGET}, 1 row",
     }
 
@@ -194,21 +212,16 @@ def main() -> None:
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument(
-        "--block-size", type=int, default=32, help="QUEST's; the dense kernel has its own two"
+        "--block-size", type=int, default=128, help="QUEST's; the dense kernel has its own two"
     )
     parser.add_argument("--repeats", type=int, default=30)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    about, rows = machine(), []
+    about = machine()
+    rows: list[dict] = []
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     for dtype in (getattr(torch, name) for name in arguments.dtypes):
-        tokens = max(*arguments.contexts, 2**29 // (KV_HEADS * HEAD_SIZE * dtype.itemsize))
-        contenders: list = [Dense(block_size, tokens, dtype) for block_size in DENSE_BLOCK_SIZES]
-        contenders += [Quest(arguments.block_size, size, tokens, dtype) for size in arguments.page_sizes]
-        for quest in contenders[len(DENSE_BLOCK_SIZES) :]:
-            print(f"{quest.name}, {str(dtype)[6:]}: compiled or loaded in {quest.compile_seconds:.2f} s")
-        for context in arguments.contexts:
-            rows += report(measure(contenders, context, arguments.repeats, dtype), context, dtype)
+        rows += compare(dtype, arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
 

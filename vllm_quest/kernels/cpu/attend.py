@@ -70,6 +70,14 @@ def visible_tokens(page, page_size, seq_len):
     return max(0, min(page_size, seq_len - page * page_size)) if page >= 0 else 0
 
 
+@njit(error_model="numpy")
+def scaled(source, target, head_size, factor):
+    """Writes the vector at `source`, multiplied by `factor`, to `target`."""
+    for channel in range(0, head_size, LANES):
+        values = multiply(load(advance(source, channel), LANES), splat(factor, LANES))
+        store(advance(target, channel), 0, values)
+
+
 @cache
 def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page_size: int, block_size: int):
     """The kernel of one configuration; `group` query heads share a KV head.
@@ -99,10 +107,10 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
     ):  # fmt: skip
         build  # noqa: B018
         for _ in prange(threads):
-            q, sums_v = stack("float32", query_size), stack("float32", query_size)
+            q, weighted = stack("float32", query_size), stack("float32", query_size)
             tops, sums = stack("float32", group), stack("float32", group)
             weights = stack("float32", weights_size)
-            nothing, never = np.float32(0), np.float32(-np.inf)
+            never = np.float32(-np.inf)
             while True:
                 item = next_item(pointer(counter, "int64"))
                 owner, chunk = item // chunks, item % chunks
@@ -116,13 +124,12 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                 indices = advance(pointer(page_indices, "int32"), row * index_row + head * index_head)
                 for g in range(group):
                     put(tops, g, never)
-                    put(sums, g, nothing)
+                    put(sums, g, np.float32(0))
                     source = row * query_row + (head * group + g) * query_head
+                    head_query = advance(pointer(query, query_dtype), source)
+                    scaled(head_query, advance(q, g * head_size), head_size, np.float32(scale_log2))
                     for channel in range(0, head_size, LANES):
-                        unscaled = load(advance(pointer(query, query_dtype), source + channel), LANES)
-                        scale = splat(np.float32(scale_log2), LANES)
-                        store(advance(q, g * head_size + channel), 0, multiply(unscaled, scale))
-                        store(advance(sums_v, g * head_size + channel), 0, splat(nothing, LANES))
+                        store(advance(weighted, g * head_size + channel), 0, zeros(1, 1, LANES))
                 first, last = budget * chunk // chunks, budget * (chunk + 1) // chunks
                 for start in range(first, last, tile_pages):
                     count = min(tile_pages, last - start)
@@ -158,12 +165,11 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                             highest = maximum(highest, load(advance(logits, token), token_lanes))
                         top = max_lane(highest)
                         if top > get(tops, g):
-                            rescale = exp2(splat(get(tops, g) - top, LANES))
+                            shrink = max_lane(exp2(splat(get(tops, g) - top, LANES)))
                             put(tops, g, top)
-                            put(sums, g, get(sums, g) * max_lane(rescale))
-                            for channel in range(0, head_size, LANES):
-                                place = advance(sums_v, g * head_size + channel)
-                                store(place, 0, multiply(load(place, LANES), rescale))
+                            put(sums, g, get(sums, g) * shrink)
+                            head_out = advance(weighted, g * head_size)
+                            scaled(head_out, head_out, head_size, shrink)
                         total = zeros(1, 1, token_lanes)
                         for token in range(0, count * page_size, token_lanes):
                             logit = load(advance(logits, token), token_lanes)
@@ -172,7 +178,7 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                             total = add(total, weight)
                         put(sums, g, get(sums, g) + sum_tile(total))
                     for channel in range(0, head_size, value_step):
-                        tile = load_tile(advance(sums_v, channel), head_size, group, channel_cols, LANES)
+                        tile = load_tile(advance(weighted, channel), head_size, group, channel_cols, LANES)
                         for i in range(count):
                             page = get(indices, start + i)
                             seen = visible_tokens(page, page_size, seq_len)
@@ -184,26 +190,18 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                                     weight = advance(weights, i * page_size + token)
                                     v = advance(value, token * head_size + channel)
                                     tile = multiply_add_outer(tile, weight, tile_tokens, v)
-                        store(advance(sums_v, channel), head_size, tile)
+                        store(advance(weighted, channel), head_size, tile)
                 for g in range(group):
                     part = advance(pointer(partial, "float32"), (item * group + g) * partial_size)
-                    for channel in range(0, head_size, LANES):
-                        store(
-                            advance(part, channel), 0, load(advance(sums_v, g * head_size + channel), LANES)
-                        )
+                    scaled(advance(weighted, g * head_size), part, head_size, np.float32(1))
                     put(part, head_size, get(tops, g))
                     put(part, head_size + 1, get(sums, g))
                 if next_item(advance(pointer(counter, "int64"), 1 + owner)) == chunks - 1:
                     for g in range(group):
                         place = (owner * chunks * group + g) * partial_size
+                        parts = advance(pointer(partial, "float32"), place)
                         target = advance(pointer(out, query_dtype), (owner * group + g) * head_size)
-                        merge(
-                            advance(pointer(partial, "float32"), place),
-                            group * partial_size,
-                            chunks,
-                            target,
-                            head_size,
-                        )
+                        merge(parts, group * partial_size, chunks, target, head_size)
 
     return kernel
 

@@ -6,6 +6,8 @@ is one text for every dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core.errors import TypingError
@@ -90,7 +92,7 @@ def write(builder, vector, address, dtype: str) -> None:
     builder.store(vector, builder.bitcast(address, vector.type.as_pointer()), align=SIZE[dtype])
 
 
-def constant(value: types.Type) -> int | str:
+def constant(value: types.Type) -> Any:
     if not isinstance(value, types.Literal):
         raise TypingError(f"expected a compile-time constant, got {value}")
     return value.literal_value
