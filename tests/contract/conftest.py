@@ -16,7 +16,6 @@ _CHECKED = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", f"{MARKER}: reads a vLLM wheel, which it downloads once (330 MB)")
     config.stash[_CHECKED] = {}
 
 
