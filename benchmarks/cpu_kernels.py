@@ -15,7 +15,9 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,8 @@ def machine() -> dict[str, object]:
     with open("/proc/cpuinfo") as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
+        "command": " ".join(["python -m benchmarks.cpu_kernels", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "cpu": model or platform.processor(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
