@@ -52,7 +52,7 @@ class QuestBackend:
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
         """K, V and the bounds share the model's dtype."""
-        return kv_cache_dtype in (None, "auto")
+        return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
 
     # vLLM's dense backends answer some of these with yes. Each would have another context than the request's
     # own tokens in order, a part of it, or a logit without a key: nothing that page bounds speak of. The
