@@ -1,7 +1,8 @@
-"""Times attention inside a running engine, the same way for every backend."""
+"""What only a worker knows: its attention's time and backend, and its memory. The same for every backend."""
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,28 +13,24 @@ import torch
 class AttentionTimer:
     """Methods that vLLM adds to its worker when started with ``worker_extension_cls``.
 
-    Times what a layer's attention does in steps that decode one token: storing K and V, and attending. Only
-    for ``enforce_eager=True``: a captured CUDA graph does not call Python.
+    Times what a layer's attention does in decode steps: storing K and V, and attending. Only for
+    ``enforce_eager=True``: a captured CUDA graph does not call Python.
     """
 
     attention_seconds: float
-    attention_layers: dict[str, Any]
+    timed_rows: int
 
-    def start_attention_timer(self) -> None:
-        """Starts timing, at 0 seconds."""
-        from vllm.config import get_layers_from_vllm_config
-        from vllm.model_executor.layers.attention import Attention
-
-        self.attention_seconds = 0.0
-        self.attention_layers = get_layers_from_vllm_config(self.vllm_config, Attention)  # type: ignore[attr-defined]
-        for layer in self.attention_layers.values():
+    def start_attention_timer(self, rows: int = 1) -> None:
+        """Starts timing steps of `rows` tokens, at 0 seconds."""
+        self.attention_seconds, self.timed_rows = 0.0, rows
+        for layer in self._attention_layers():
             for method, num_rows in (("forward", _rows_of_forward), ("do_kv_cache_update", _rows_of_update)):
                 if hasattr(layer.impl, method):  # backends that store inside forward lack the second
                     setattr(layer.impl, method, self._timed(getattr(layer.impl, method), num_rows))
 
     def stop_attention_timer(self) -> float:
         """Stops timing; the seconds so far, all layers together."""
-        for layer in self.attention_layers.values():
+        for layer in self._attention_layers():
             for method in ("forward", "do_kv_cache_update"):
                 vars(layer.impl).pop(method, None)  # the class's own method shows again
         return self.attention_seconds
@@ -43,11 +40,33 @@ class AttentionTimer:
         specs = self.get_kv_cache_spec().values()  # type: ignore[attr-defined]
         return sum(spec.page_size_bytes / spec.block_size for spec in specs)
 
+    def attention_backends(self) -> list[str]:
+        """Names of the backends that the layers run: vLLM may choose another than it was asked for."""
+        return sorted({layer.get_attn_backend().get_name() for layer in self._attention_layers()})
+
+    def weight_bytes_per_step(self) -> int:
+        """What one step reads of the model: all weights, but of an embedding table of its own only a row."""
+        model = self.model_runner.model  # type: ignore[attr-defined]
+        tied = model.config.tie_word_embeddings
+        return sum(w.nbytes for name, w in model.named_parameters() if tied or "embed_tokens" not in name)
+
+    def peak_memory_bytes(self) -> int:
+        """Device memory at its highest so far; on CPUs that of the process."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def _attention_layers(self) -> list[Any]:
+        from vllm.config import get_layers_from_vllm_config
+        from vllm.model_executor.layers.attention import Attention
+
+        return list(get_layers_from_vllm_config(self.vllm_config, Attention).values())  # type: ignore[attr-defined]
+
     def _timed(self, method: Callable[..., Any], num_rows: Callable[..., int]) -> Callable[..., Any]:
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if num_rows(*args, **kwargs) != 1:
+            if num_rows(*args, **kwargs) != self.timed_rows:
                 return method(*args, **kwargs)
             synchronize()
             start = time.perf_counter()

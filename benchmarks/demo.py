@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,8 +24,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from tqdm import tqdm
 
+from benchmarks.contenders import dense_defaults
 from benchmarks.documents import string_methods
 from benchmarks.engine_run import Engine, EngineRun
+from benchmarks.machine import machine
 from benchmarks.model import ModelError, prepare_model
 from benchmarks.report import answers_text, as_json, figures, judge, table_text
 from vllm_quest.config import QuestConfig, QuestConfigError
@@ -51,10 +52,10 @@ def run_demo(model: str, arguments: argparse.Namespace) -> None:
 
     verdicts = judge(document.questions, dense, quest)
     rows = figures(dense, quest, config.page_size)
-    machine = _machine()
+    about = machine()
     context = max(dense.prompt_tokens)
     print(
-        ", ".join(f"{name} {value}" for name, value in machine.items()),
+        ", ".join(f"{name} {value}" for name, value in about.items()),
         f"{Path(model).name}, context {context} tokens, batch 1, greedy, median of {arguments.repeats}\n"
         f"{config}",
         answers_text(verdicts),
@@ -63,7 +64,7 @@ def run_demo(model: str, arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         result: dict[str, Any] = {
-            "machine": machine,
+            "machine": about,
             "model": Path(model).name,
             "context": context,
             "config": asdict(config),
@@ -89,7 +90,7 @@ def _run_both(
     repeats = arguments.repeats
     with ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=2 * (1 + len(prompts) + repeats), unit="stage"))
-        dense = _started("dense", prompts, bar, stack, common | _dense_backend())
+        dense = _started("dense", prompts, bar, stack, common | {"attention_backend": dense_defaults()[0]})
         config = _config(arguments, context=min(dense.run.prompt_tokens))
         backend = {"attention_backend": "QUEST", "additional_config": {"quest": asdict(config)}}
         quest = _started("QUEST", prompts, bar, stack, common | backend)
@@ -106,12 +107,6 @@ def _config(arguments: argparse.Namespace, context: int) -> QuestConfig:
     config = QuestConfig(page_size=arguments.page_size, token_budget=64 * arguments.page_size)
     quarter = context // 4 // config.page_size * config.page_size
     return replace(config, token_budget=quarter if arguments.token_budget is None else arguments.token_budget)
-
-
-def _dense_backend() -> dict[str, str]:
-    from vllm.platforms import current_platform
-
-    return {"attention_backend": "CPU_ATTN"} if current_platform.is_cpu() else {}
 
 
 def _started(
@@ -132,31 +127,6 @@ def _stage(bar: tqdm, work: str) -> Iterator[None]:
     bar.set_description(work)
     yield
     bar.update()
-
-
-def _machine() -> dict[str, str]:
-    import torch
-    import vllm
-    from vllm.platforms import current_platform
-
-    import vllm_quest
-
-    device = _cpu_name() if current_platform.is_cpu() else current_platform.get_device_name()
-    return {
-        "vllm-quest": vllm_quest.__version__,
-        "vLLM": vllm.__version__,
-        "torch": torch.__version__,
-        "Python": platform.python_version(),
-        "device": device,
-        "cores": str(len(os.sched_getaffinity(0))),
-    }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,10 +1,12 @@
-"""An engine with one backend: its answers, and what decoding costs."""
+"""An engine with one backend: its answers, and what prefill and decoding cost."""
 
 from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field
 from typing import Any
+
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 KV_CACHE_BYTES = 1 << 30
 ANSWER_TOKENS = 32
@@ -21,7 +23,7 @@ class Answer:
 
 @dataclass
 class EngineRun:
-    """What one engine did.
+    """What one engine did for the demo.
 
     Attributes:
         kv_bytes_per_token: KV memory that one token of context takes.
@@ -44,8 +46,38 @@ class EngineRun:
     counters: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """One batch decoded to its end, all requests in step.
+
+    Attributes:
+        tokens_per_s: All requests together, prefill not included.
+        intervals: Seconds between tokens, as vLLM measures them: one per request and step.
+    """
+
+    tokens_per_s: float
+    intervals: list[float]
+
+
+class TokenIntervals(AggregateStatLoggerBase):
+    """Collects what vLLM measures per step and shows in histograms only."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """Called by vLLM after every step."""
+        if iteration_stats is not None:
+            self.seconds += iteration_stats.inter_token_latencies_iter
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
 class Engine:
-    """A running engine that collects its figures in `run`."""
+    """A running engine; what the demo asks of it is collected in `run`."""
 
     def __init__(self, **engine_args: Any) -> None:
         """Starts vLLM's `LLM` with `engine_args`."""
@@ -64,31 +96,56 @@ class Engine:
             "worker_extension_cls": "benchmarks.attention_timer.AttentionTimer",
         }
         self.llm = LLM(**(defaults | engine_args))
-        config = self.llm.llm_engine.vllm_config
+        self.intervals = TokenIntervals()
+        assert self.llm.llm_engine.logger_manager is not None  # disable_log_stats is off
+        self.llm.llm_engine.logger_manager.stat_loggers.append(self.intervals)
+        self.config = self.llm.llm_engine.vllm_config
         self.run = EngineRun(
             kv_bytes_per_token=sum(self.llm.collective_rpc("kv_bytes_per_token")),
-            block_size=config.cache_config.block_size,
-            head_size=config.model_config.get_head_size(),
+            block_size=self.config.cache_config.block_size,
+            head_size=self.config.model_config.get_head_size(),
         )
 
     def ask(self, prompt: str) -> None:
         """Answers `prompt` greedily, one paragraph."""
-        output = self._generate(prompt, max_tokens=ANSWER_TOKENS, stop=["\n\n"])
+        (output,) = self._generate([self._chat(prompt)], max_tokens=ANSWER_TOKENS, stop=["\n\n"])
         self.run.answers.append(Answer(output.outputs[0].text, tuple(output.outputs[0].token_ids)))
         self.run.prompt_tokens.append(len(output.prompt_token_ids))
 
     def time_decoding(self, prompt: str) -> None:
-        """Decode tokens/s without a timer inside the engine, then attention per step with one.
+        """Decode tokens/s without a timer inside the engine, then attention per step with one."""
+        prompts = [self._chat(prompt)]
+        self.run.tokens_per_s.append(self.decode(prompts, TIMED_STEPS).tokens_per_s)
+        if self.eager:
+            self.run.attention_ms.append(self.attention_ms(prompts, TIMED_STEPS))
+
+    def prefill(self, prompt: list[int]) -> float:
+        """Seconds from a prompt's first step to its first token; its blocks stay in the prefix cache."""
+        (output,) = self._generate([prompt], max_tokens=1)
+        return output.metrics.first_token_ts - output.metrics.scheduled_ts
+
+    def decode(self, prompts: list[list[int]], steps: int) -> Decoding:
+        """Decodes `prompts`, whose blocks are in the prefix cache, together.
 
         vLLM stamps the first and the last token of a request: what lies between is decoding, nothing else.
+
+        Raises:
+            RuntimeError: The requests did not run in step: the cache does not hold them all.
         """
-        metrics = self._generate(prompt, max_tokens=TIMED_STEPS + 1, ignore_eos=True).metrics
-        self.run.tokens_per_s.append(TIMED_STEPS / (metrics.last_token_ts - metrics.first_token_ts))
-        if self.eager:
-            self.llm.collective_rpc("start_attention_timer")
-            self._generate(prompt, max_tokens=TIMED_STEPS + 1, ignore_eos=True)
-            seconds = max(self.llm.collective_rpc("stop_attention_timer"))
-            self.run.attention_ms.append(1000 * seconds / TIMED_STEPS)
+        self.intervals.seconds.clear()
+        metrics = [
+            output.metrics for output in self._generate(prompts, max_tokens=steps + 1, ignore_eos=True)
+        ]
+        first, last = ({getattr(m, f"{end}_token_ts") for m in metrics} for end in ("first", "last"))
+        if len(first) > 1 or len(last) > 1:
+            raise RuntimeError(f"{len(prompts)} requests did not decode in step: raise --kv-cache-gib")
+        return Decoding(len(prompts) * steps / (last.pop() - first.pop()), list(self.intervals.seconds))
+
+    def attention_ms(self, prompts: list[list[int]], steps: int) -> float:
+        """Decode attention per step, all layers together; only where `eager`."""
+        self.llm.collective_rpc("start_attention_timer", args=(len(prompts),))
+        self._generate(prompts, max_tokens=steps + 1, ignore_eos=True)
+        return 1000 * max(self.llm.collective_rpc("stop_attention_timer")) / steps
 
     def close(self) -> None:
         """Ends the engine's processes."""
@@ -96,10 +153,17 @@ class Engine:
         del self.llm
         gc.collect()
 
-    def _generate(self, prompt: str, **sampling: Any) -> Any:
+    def _chat(self, prompt: str) -> list[int]:
+        messages: Any = [{"role": "user", "content": prompt}]
+        tokenizer: Any = self.llm.get_tokenizer()
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def _generate(self, prompts: list[list[int]], **sampling: Any) -> list[Any]:
+        """Runs `prompts`, none before all are queued: else a batch starts request by request."""
         from vllm import SamplingParams
 
-        messages: Any = [{"role": "user", "content": prompt}]
-        parameters = SamplingParams(temperature=0, **sampling)
-        (output,) = self.llm.chat([messages], parameters, use_tqdm=False)
-        return output
+        tokens: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        self.llm.sleep(level=0)
+        self.llm.enqueue(tokens, SamplingParams(temperature=0, **sampling), use_tqdm=False)
+        self.llm.wake_up(tags=["scheduling"])
+        return self.llm.wait_for_completion(use_tqdm=False)

@@ -14,6 +14,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from benchmarks.pairs import first_context
+
 SCORE_BYTES = INDEX_BYTES = 4  # float32 scores, int32 page numbers and block tables
 
 
@@ -111,13 +113,9 @@ def break_even(step: Step, target: float = 1.0) -> int:
     low, high = 0, step.token_budget
     while replace(step, context=high).speed_up() <= target:
         low, high = high, 2 * high
-    while high - low > step.page_size:
-        middle = (low + high) // 2 // step.page_size * step.page_size
-        if replace(step, context=middle).speed_up() > target:
-            high = middle
-        else:
-            low = middle
-    return high
+    return first_context(
+        lambda context: replace(step, context=context).speed_up() > target, low, high, step.page_size
+    )
 
 
 def report(name: str, step: Step, bandwidth: float) -> dict:

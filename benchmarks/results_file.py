@@ -1,0 +1,57 @@
+"""A JSON file of rows that grows while a benchmark runs, and from which the same benchmark can go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class ResultsError(RuntimeError):
+    """The file belongs to another measurement; says what differs."""
+
+
+class ResultsFile:
+    """Rows under the description of the measurement that they belong to.
+
+    Attributes:
+        rows: Everything measured so far, earlier runs of the same measurement included.
+    """
+
+    def __init__(self, path: Path | None, about: dict[str, Any], keys: tuple[str, ...]) -> None:
+        """Reads `path` if it is there.
+
+        Args:
+            path: None keeps the rows in memory only.
+            about: Machine, versions and settings. ``command`` and ``date`` may differ between the runs of one
+                measurement; the last ones stand in the file.
+            keys: What names a row.
+
+        Raises:
+            ResultsError: `path` has rows of other settings, of another machine, or of other versions.
+        """
+        self.path, self.about, self.keys = path, json.loads(json.dumps(about)), keys
+        self.rows: list[dict[str, Any]] = []
+        if path and path.exists():
+            earlier = json.loads(path.read_text())
+            for name in self.about.keys() - {"command", "date"}:
+                if earlier["about"].get(name) != self.about[name]:
+                    raise ResultsError(
+                        f"--json: {path} was measured with {name}={earlier['about'].get(name)}, this run has "
+                        f"{self.about[name]}; name another file, or remove it"
+                    )
+            self.rows = earlier["rows"]
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The row of this key, if it was measured."""
+        return next((row for row in self.rows if all(row.get(k) == key[k] for k in self.keys)), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a row and writes the file."""
+        missing = [key for key in self.keys if key not in row]
+        if missing:
+            raise ValueError(f"a row without {', '.join(missing)}: {row}")
+        self.rows.append(json.loads(json.dumps(row)))
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n")
