@@ -1,35 +1,64 @@
 """What lies where inside one KV block. The only owner of byte offsets.
 
 vLLM hands every layer a cache ``[num_blocks, num_kv_heads, block_size, C]`` in the layout LBHNC, so that the
-``block_size * C`` elements of one (block, KV head) are one contiguous run. QUEST enlarges C and cuts the run:
+``block_size * C`` elements of one (block, KV head) are one contiguous run. QUEST chooses C and cuts the run:
 
-    CPU   | K [D, N] | V [N, D]            | kmin, kmax of page 0 | of page 1 | ... | padding |
-    GPU   | K, V of token 0 | of token 1 | ... | kmin, kmax of page 0 | of page 1 | ... | padding |
+    auto, CPU   | K [D, N] | V [N, D]            | bounds | offsets and scales | padding |
+    auto, GPU   | K, V of token 0 | of token 1 | ... | bounds | offsets and scales | padding |
+    int4        | K codes | V codes | zeros and scales of V | residual | bounds | offsets and scales | padding |
 
-The first part is what the device's dense kernels expect of a cache without bounds. Whatever moves blocks
-(prefix caching, preemption, KV transfer) moves the bounds with them.
+`auto` keeps K and V in the model's dtype: the first part is what the device's dense kernels expect of a cache
+without bounds. `int4` is drawn in docs/int4.md. Bounds are kmin and kmax of page 0, then of page 1, ...; offsets
+and scales are there for 8-bit bounds only. Whatever moves blocks (prefix caching, preemption, KV transfer)
+moves all of it with them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["PageLayout", "PageViews"]
+__all__ = ["Int4Keys", "Int4Values", "PageBounds", "PageLayout", "PageViews"]
+
+ALIGNMENT = 16  # bytes, of every part of a run
+
+
+class PageBounds(NamedTuple):
+    """kmin and kmax of every page of a layer."""
+
+    values: torch.Tensor  # [B, H, P, 2, D]: kmin, then kmax; uint8 codes where there are params
+    params: torch.Tensor | None  # [B, H, P, 2] float32, a and s: a code c stands for a + s * c
+
+
+class Int4Keys(NamedTuple):
+    """K in 4 bits, quantized per channel within a page; the page's bounds are the quantizer's range."""
+
+    codes: torch.Tensor  # [B, H, P, S / 2, D] uint8: token i in the low nibble, token i + S / 2 in the high one
+    residual: torch.Tensor  # [B, H, S / 2, D] uint8: 4 more bits of each code of the page being filled
+    bounds: PageBounds
+
+
+class Int4Values(NamedTuple):
+    """V in 4 bits, quantized per token, head and group of channels."""
+
+    codes: torch.Tensor  # [B, H, P, S / 2, D] uint8, as those of K
+    params: torch.Tensor  # [B, H, N, G, 2] bfloat16: zero point and scale of each group of D / G channels
 
 
 class PageViews(NamedTuple):
     """Strided views into one layer's cache; none of them copies.
 
-    B blocks, H KV heads, N tokens per block, D head size, P = N / page_size pages per block.
+    B blocks, H KV heads, N tokens per block, D head size, S tokens per page, P = N / S pages per block.
     """
 
-    key: torch.Tensor  # [B, H, N, D]
-    value: torch.Tensor  # [B, H, N, D]
-    bounds: torch.Tensor  # [B, H, P, 2, D]: kmin, then kmax
-    kv: torch.Tensor  # [B, H, N, 2 * D]: K and V of the run, as a dense backend of vLLM expects its cache
+    key: torch.Tensor | Int4Keys  # [B, H, N, D] in the model's dtype
+    value: torch.Tensor | Int4Values  # [B, H, N, D]
+    bounds: PageBounds
+    kv: torch.Tensor | None  # [B, H, N, 2 * D]: K and V as a dense backend expects its cache; None for int4
 
 
 @dataclass(frozen=True)
@@ -38,15 +67,24 @@ class PageLayout:
 
     Attributes:
         block_size: Tokens per block, N.
-        page_size: Tokens per page; divides `block_size`.
+        page_size: Tokens per page, S; divides `block_size`.
         head_size: Channels per head, D.
-        for_cpu: K lies as ``[D, N]`` before V (vLLM's CPU kernels), instead of beside V token by token.
+        for_cpu: K lies channel by channel (``[D, N]`` before V; in int4 pages ``[D, S / 2]``), as CPU kernels
+            read it, instead of token by token.
+        dtype: Of the model.
+        kv_dtype: ``auto`` (the model's dtype) or ``int4``.
+        metadata_dtype: Of the bounds: ``auto``, which is `dtype`, in int4 pages bfloat16; or ``int8``.
+        value_groups: Groups of channels of V with a zero point and a scale of their own, G; int4 only.
     """
 
     block_size: int
     page_size: int
     head_size: int
     for_cpu: bool
+    dtype: torch.dtype
+    kv_dtype: str = "auto"
+    metadata_dtype: str = "auto"
+    value_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.block_size % self.page_size:
@@ -54,49 +92,120 @@ class PageLayout:
                 f"additional_config['quest'].page_size: {self.page_size} does not divide --block-size "
                 f"{self.block_size}; allowed: a page_size that divides the block size"
             )
+        if self.head_size % self.value_groups:
+            raise ValueError(
+                f"additional_config['quest'].value_group_size: does not divide the head size, {self.head_size}"
+            )
 
     @property
     def pages_per_block(self) -> int:
         return self.block_size // self.page_size
 
-    @staticmethod
-    def content_size(page_size: int, head_size: int) -> int:
-        """Elements per (token, KV head), C: K, V and this token's share of the page's bounds, rounded up."""
-        return 2 * head_size + -(-2 * head_size // page_size)
+    @property
+    def is_int4(self) -> bool:
+        return self.kv_dtype == "int4"
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the cache tensor: uint8 for int4 pages, else the model's."""
+        return torch.uint8 if self.is_int4 else self.dtype
+
+    @property
+    def bounds_dtype(self) -> torch.dtype:
+        """Of a stored kmin or kmax."""
+        if self.metadata_dtype == "int8":
+            return torch.uint8
+        return torch.bfloat16 if self.is_int4 else self.dtype
+
+    @property
+    def content_size(self) -> int:
+        """Elements of `cache_dtype` per (token, KV head), C: K, V and this token's share of the rest."""
+        end = max(offset + math.prod(shape) * dtype.itemsize for offset, shape, dtype in self._parts.values())
+        return -(-end // (self.block_size * self.cache_dtype.itemsize))
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes per (token, KV head): vLLM's ``state_content_bytes``."""
+        return self.content_size * self.cache_dtype.itemsize
 
     @property
     def metadata_share(self) -> float:
-        """Part of the cache that is not K or V."""
-        content = self.content_size(self.page_size, self.head_size)
-        return (content - 2 * self.head_size) / content
+        """Part of the cache that is not an element of K or V."""
+        bits = 4 if self.is_int4 else 8 * self.dtype.itemsize
+        return 1 - 2 * self.head_size * bits / 8 / self.content_bytes
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
+        """Offset in bytes, shape and dtype of each contiguous part of a run."""
+        size, dim, pages, half = self.block_size, self.head_size, self.pages_per_block, self.page_size // 2
+        byte = torch.uint8
+        if self.is_int4:
+            page_key = (dim, half) if self.for_cpu else (half, dim)
+            parts = {
+                "key": ((pages, *page_key), byte),
+                "value": ((pages, half, dim), byte),
+                "value_params": ((size, self.value_groups, 2), torch.bfloat16),
+                "residual": (page_key, byte),
+            }
+        else:
+            parts = {"kv": ((size, 2 * dim), self.dtype)}
+        parts["bounds"] = ((pages, 2, dim), self.bounds_dtype)
+        if self.metadata_dtype == "int8":
+            parts["bound_params"] = ((pages, 2), torch.float32)
+        offset, placed = 0, {}
+        for name, (shape, dtype) in parts.items():
+            offset = -(-offset // ALIGNMENT) * ALIGNMENT
+            placed[name] = (offset, shape, dtype)
+            offset += math.prod(shape) * dtype.itemsize
+        return placed
 
     def views(self, kv_cache: torch.Tensor) -> PageViews:
         """Cuts a layer's cache.
 
         Args:
-            kv_cache: ``[B, H, N, C]`` in the model's dtype, each ``[N, C]`` run contiguous.
+            kv_cache: ``[B, H, N, C]`` of `cache_dtype`, each ``[N, C]`` run contiguous.
 
         Raises:
             ValueError: The cache does not have this layout.
         """
-        blocks, heads, tokens, content = kv_cache.shape
-        expected = (self.block_size, self.content_size(self.page_size, self.head_size))
-        if (tokens, content) != expected or kv_cache.stride()[2:] != (content, 1):
+        content = self.content_size
+        if (
+            kv_cache.shape[2:] != (self.block_size, content)
+            or kv_cache.stride()[2:] != (content, 1)
+            or kv_cache.dtype != self.cache_dtype
+        ):
             raise ValueError(
-                f"expected a cache [B, H, {expected[0]}, {expected[1]}] with contiguous [N, C] runs, got "
-                f"{tuple(kv_cache.shape)} with strides {kv_cache.stride()}"
+                f"expected a cache [B, H, {self.block_size}, {content}] of {self.cache_dtype} with contiguous "
+                f"[N, C] runs, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides {kv_cache.stride()}"
             )
-        size, dim, pages = self.block_size, self.head_size, self.pages_per_block
-        run = kv_cache.stride()[:2]
-        start = kv_cache.storage_offset()
-
-        def cut(offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-            return kv_cache.as_strided((blocks, heads, *shape), (*run, *stride), start + offset)
-
-        token_stride = dim if self.for_cpu else 2 * dim
+        parts = {name: self._cut(kv_cache, name) for name in self._parts}
+        bounds = PageBounds(parts["bounds"], parts.get("bound_params"))
+        if self.is_int4:
+            residual = parts["residual"]
+            keys = Int4Keys(
+                codes=parts["key"].mT if self.for_cpu else parts["key"],
+                residual=residual.mT if self.for_cpu else residual,
+                bounds=bounds,
+            )
+            return PageViews(keys, Int4Values(parts["value"], parts["value_params"]), bounds, None)
+        kv = parts["kv"]
+        if not self.for_cpu:
+            key, value = kv.chunk(2, -1)
+            return PageViews(key, value, bounds, kv)
+        key, value = kv.flatten(2).chunk(2, -1)
         return PageViews(
-            key=cut(0, (size, dim), (1, size) if self.for_cpu else (token_stride, 1)),
-            value=cut(size * dim if self.for_cpu else dim, (size, dim), (token_stride, 1)),
-            bounds=cut(2 * size * dim, (pages, 2, dim), (2 * dim, dim, 1)),
-            kv=cut(0, (size, 2 * dim), (2 * dim, 1)),
+            key=key.unflatten(-1, (self.head_size, self.block_size)).mT,
+            value=value.unflatten(-1, (self.block_size, self.head_size)),
+            bounds=bounds,
+            kv=kv,
         )
+
+    def _cut(self, kv_cache: torch.Tensor, name: str) -> torch.Tensor:
+        """One part of every run: ``[B, H, *shape]``."""
+        offset, shape, dtype = self._parts[name]
+        cache = kv_cache.view(torch.uint8)
+        *leading, last = shape
+        in_bytes = (*cache.shape[:2], *leading, last * dtype.itemsize)
+        strides = torch.empty(in_bytes[2:], device="meta").stride()
+        part = cache.as_strided(in_bytes, (*cache.stride()[:2], *strides), cache.storage_offset() + offset)
+        return part.view(dtype)

@@ -1,14 +1,19 @@
 """QUEST (arXiv 2406.10774) in plain torch: store, score, select, attend.
 
 Every kernel of this package is compared with these functions. They take strided views, so the order of K
-inside a page does not matter to them. Letters for the shapes: see `vllm_quest.kernels`.
+inside a page does not matter to them. Letters for the shapes: see `vllm_quest.kernels`. What differs where the
+cache holds 4-bit codes stands in `reference_int4`, how bounds are encoded in `reference_bounds`.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["attend_pages", "score_pages", "select_pages", "store"]
+from vllm_quest.kernels.reference_bounds import read_bounds, write_bounds
+from vllm_quest.kernels.reference_int4 import dequantize_blocks, dequantized, store_int4
+from vllm_quest.layout import Int4Keys, Int4Values, PageBounds
+
+__all__ = ["attend_pages", "dequantize_blocks", "score_pages", "select_pages", "store"]
 
 NO_PAGE = -1
 
@@ -16,26 +21,29 @@ NO_PAGE = -1
 def store(
     key: torch.Tensor,
     value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    bounds: torch.Tensor,
+    key_cache: torch.Tensor | Int4Keys,
+    value_cache: torch.Tensor | Int4Values,
+    bounds: PageBounds,
     slot_mapping: torch.Tensor,
 ) -> None:
     """Writes K and V of new tokens and the bounds of every page they touch (section 3.2, "page metadata").
 
     A request fills a page from its first slot on, so the bounds of a touched page are those of its keys from
     the first slot to the last one written here. Older content of the page, a previous owner's or a rejected
-    draft's, never enters them.
+    draft's, never enters them. (4-bit pages: `reference_int4.store_int4`.)
 
     Args:
-        key: ``[T, H, D]``, the cache's dtype.
+        key: ``[T, H, D]``, the model's dtype.
         value: ``[T, H, D]``.
-        key_cache: ``[B, H, N, D]``, written.
-        value_cache: ``[B, H, N, D]``, written.
-        bounds: ``[B, H, P, 2, D]``, kmin and kmax of each page, written.
+        key_cache: ``[B, H, N, D]`` in the model's dtype, or 4-bit codes; written.
+        value_cache: Likewise.
+        bounds: kmin and kmax of each page, written.
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped.
     """
-    block_size, pages_per_block = key_cache.shape[2], bounds.shape[2]
+    if isinstance(key_cache, Int4Keys):
+        store_int4(key, value, key_cache, value_cache, slot_mapping)
+        return
+    block_size, pages_per_block = key_cache.shape[2], bounds.values.shape[2]
     page_size = block_size // pages_per_block
     real = slot_mapping >= 0
     slots = slot_mapping[real]
@@ -51,13 +59,13 @@ def store(
     positions = page[:, None] * page_size + torch.arange(page_size)
     keys = key_cache[block[:, None], :, positions]  # [pages, page_size, H, D]
     unwritten = (torch.arange(page_size) > last[:, None])[:, :, None, None]
-    bounds[block, :, page, 0] = keys.masked_fill(unwritten, torch.inf).amin(1)
-    bounds[block, :, page, 1] = keys.masked_fill(unwritten, -torch.inf).amax(1)
+    kmin, kmax = keys.masked_fill(unwritten, torch.inf).amin(1), keys.masked_fill(unwritten, -torch.inf).amax(1)
+    write_bounds(bounds, block, page, kmin.float(), kmax.float())
 
 
 def score_pages(
     query: torch.Tensor,
-    bounds: torch.Tensor,
+    bounds: PageBounds,
     block_table: torch.Tensor,
     num_pages: torch.Tensor,
     scale: float,
@@ -67,7 +75,7 @@ def score_pages(
 
     Args:
         query: ``[R, Hq, D]``; query head h reads KV head ``h // (Hq / H)``.
-        bounds: ``[B, H, P, 2, D]``.
+        bounds: kmin and kmax of each page.
         block_table: ``[R, M]`` int32, the row's blocks in order.
         num_pages: ``[R]`` int32, pages in the context of each row.
         scale: What attention multiplies q . k with; matters to ``softmax_mean`` only.
@@ -77,10 +85,10 @@ def score_pages(
         ``[R, H, M * P]`` float32; -inf where the row has no such page.
     """
     rows, num_heads, _ = query.shape
-    num_kv_heads, pages_per_block = bounds.shape[1:3]
+    num_kv_heads, pages_per_block = bounds.values.shape[1:3]
     in_context = torch.arange(block_table.shape[1] * pages_per_block) < num_pages[:, None]
     blocks = block_table.long().where(in_context[:, ::pages_per_block], 0)
-    row_bounds = bounds[blocks].float()  # [R, M, H, P, 2, D]
+    row_bounds = read_bounds(bounds, blocks)  # [R, M, H, P, 2, D]
     kmin, kmax = row_bounds.movedim(2, 1).flatten(2, 3).unbind(-2)  # each [R, H, M * P, D]
     q = query.float().view(rows, num_kv_heads, num_heads // num_kv_heads, 1, -1)
     scores = torch.maximum(q * kmin[:, :, None], q * kmax[:, :, None]).sum(-1)
@@ -128,8 +136,8 @@ def select_pages(
 
 def attend_pages(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    key_cache: torch.Tensor | Int4Keys,
+    value_cache: torch.Tensor | Int4Values,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     page_indices: torch.Tensor,
@@ -140,8 +148,8 @@ def attend_pages(
 
     Args:
         query: ``[R, Hq, D]``.
-        key_cache: ``[B, H, N, D]``.
-        value_cache: ``[B, H, N, D]``.
+        key_cache: ``[B, H, N, D]`` in the model's dtype, or 4-bit codes.
+        value_cache: Likewise.
         block_table: ``[R, M]`` int32.
         seq_lens: ``[R]`` int32; the last page may be partly filled.
         page_indices: ``[R, H, K]`` int32 page numbers within the row's context, -1 for none.
@@ -151,6 +159,8 @@ def attend_pages(
     Returns:
         ``[R, Hq, D]`` in the query's dtype; computed in float32.
     """
+    if isinstance(key_cache, Int4Keys):
+        key_cache, value_cache = dequantized(key_cache, value_cache)
     rows, num_heads, head_size = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
     tokens = page_indices.long()[..., None] * page_size + torch.arange(page_size)

@@ -1,0 +1,163 @@
+"""K and V in 4 bits, in plain torch: quantize while storing, dequantize to attend. Drawn in docs/int4.md.
+
+K is quantized per channel within a page (KIVI, section 3.2), and the page's kmin and kmax, which QUEST keeps
+anyway, are the zero point and the range: ``k = kmin + (kmax - kmin) / 15 * code``. V is quantized per token,
+head and group of channels (FlexGen's format), ``v = zero + scale * code``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_quest.kernels.reference_bounds import TINY, read_bounds, round_down, round_up, write_bounds
+from vllm_quest.layout import Int4Keys, Int4Values
+
+__all__ = ["dequantize_blocks", "dequantized", "store_int4"]
+
+STEPS = 15  # of a 4-bit code
+FINE = 16  # an 8-bit code counts sixteenths of such a step, from half a step below zero: 16 * k + 8
+
+
+def unpack(codes: torch.Tensor) -> torch.Tensor:
+    """``[..., S / 2, D]`` bytes to ``[..., S, D]`` nibbles: token i is low, token i + S / 2 high."""
+    return torch.cat((codes & 15, codes >> 4), -2)
+
+
+def pack(nibbles: torch.Tensor) -> torch.Tensor:
+    """The inverse of `unpack`."""
+    low, high = nibbles.chunk(2, -2)
+    return low | high << 4
+
+
+def key_steps(bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero point and step, ``[..., 1, D]`` each, of pages with these bounds, ``[..., 2, D]``."""
+    kmin, kmax = bounds[..., :1, :], bounds[..., 1:, :]
+    return kmin, kmax / STEPS - kmin / STEPS
+
+
+def inverse(step: torch.Tensor) -> torch.Tensor:
+    return torch.where(step > TINY, 1 / step, 0)
+
+
+def store_int4(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: Int4Keys,
+    value_cache: Int4Values,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Quantizes K and V of new tokens into their pages, and widens the pages' bounds.
+
+    A page that is being filled has a range that grows. When it does, the tokens already there are quantized
+    anew, from 8-bit codes: the high nibble is the page's 4-bit code, the low one lies in the block's residual.
+    So a token's error is that of one 4-bit quantization plus, each time the range grows, one of 8 bits. A block
+    has one residual: it belongs to the page of the block that was written last, whose number stands where the
+    residual of the page's last token would: a page is full once that token is there. Bounds of a page that goes
+    on are widened, not recomputed: those of a rejected draft stay until the page's first slot is written again.
+
+    Args:
+        key: ``[T, H, D]``, the model's dtype.
+        value: ``[T, H, D]``.
+        key_cache: Written, its bounds too.
+        value_cache: Written.
+        slot_mapping: ``[T]`` int64, ``block * N + position in the block``, ascending within a page; -1 is
+            padding and is skipped.
+    """
+    pages_per_block, half = key_cache.codes.shape[2:4]
+    page_size = 2 * half
+    real = slot_mapping >= 0
+    slots = slot_mapping[real]
+    if slots.numel() == 0:
+        return
+    pages, owner = torch.unique(slots // page_size, return_inverse=True)
+    first = torch.full_like(pages, page_size).scatter_reduce_(0, owner, slots % page_size, "amin")
+    block, page = pages // pages_per_block, pages % pages_per_block
+    position = torch.arange(page_size)
+    is_older = (position < first[:, None])[:, None, :, None]  # [pages, 1, S, 1]
+    is_new = torch.zeros(len(pages), page_size, dtype=torch.bool)
+    is_new[owner, slots % page_size] = True
+    is_new = is_new[:, None, :, None]
+
+    def by_page(tokens: torch.Tensor) -> torch.Tensor:
+        placed = tokens.new_zeros(len(pages), page_size, *tokens.shape[1:])
+        placed[owner, slots % page_size] = tokens[real]
+        return placed.float().transpose(1, 2)  # [pages, H, S, D]
+
+    new_keys = by_page(key)
+    old_bounds = read_bounds(key_cache.bounds, block)[torch.arange(len(pages)), :, page]  # [pages, H, 2, D]
+    old_keys = _older_keys(key_cache, block, page, old_bounds)
+    kmin = new_keys.masked_fill(~is_new, torch.inf).amin(2)
+    kmax = new_keys.masked_fill(~is_new, -torch.inf).amax(2)
+    write_bounds(key_cache.bounds, block, page, kmin, kmax, goes_on=first > 0)
+
+    zero, step = key_steps(read_bounds(key_cache.bounds, block)[torch.arange(len(pages)), :, page])
+    keys = torch.where(is_older, old_keys, new_keys).masked_fill(~(is_older | is_new), 0)
+    fine = ((keys - zero) * (inverse(step) * FINE)).round().clamp(0, STEPS * FINE) + FINE // 2
+    fine = fine.to(torch.uint8)
+    key_cache.codes[block, :, page] = pack(fine >> 4)
+    residual = fine & 15
+    residual[:, :, -1] = (page % FINE)[:, None, None].byte()
+    is_last = torch.cat((block[1:] != block[:-1], torch.tensor([True])))  # pages are sorted
+    key_cache.residual[block[is_last]] = pack(residual[is_last])
+
+    codes, params = _quantize_values(by_page(value), value_cache.params.shape[3])
+    kept = unpack(value_cache.codes[block, :, page])
+    value_cache.codes[block, :, page] = pack(torch.where(is_new, codes, kept))
+    token = slots // page_size % pages_per_block * page_size + slots % page_size
+    value_cache.params[slots // page_size // pages_per_block, :, token] = params[owner, :, slots % page_size]
+
+
+def _older_keys(
+    key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor, bounds: torch.Tensor
+) -> torch.Tensor:
+    """The keys that lie in n pages, ``[n, H, S, D]``, from 8 bits where the block's residual is the page's."""
+    code = unpack(key_cache.codes[block, :, page]).float()
+    residual = unpack(key_cache.residual[block])
+    belongs = residual[:, :, -1:] == (page % FINE)[:, None, None, None]
+    fraction = torch.where(belongs, residual.float() - FINE // 2, 0) / FINE
+    zero, step = key_steps(bounds)
+    return zero + step * (code + fraction)
+
+
+def _quantize_values(values: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[..., D]`` uint8 and zero points and scales ``[..., G, 2]`` bfloat16 of ``[..., D]`` float32."""
+    grouped = values.unflatten(-1, (groups, -1))
+    zero = round_down(grouped.amin(-1), torch.bfloat16)
+    top = grouped.amax(-1).clamp(max=torch.finfo(torch.bfloat16).max)
+    scale = round_up(top / STEPS - zero.float() / STEPS, torch.bfloat16)
+    codes = (grouped - zero.float()[..., None]) * inverse(scale.float())[..., None]
+    return codes.round().clamp(0, STEPS).byte().flatten(-2), torch.stack((zero, scale), -1)
+
+
+def dequantized(key_cache: Int4Keys, value_cache: Int4Values) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole cache in float32: K and V, ``[B, H, N, D]`` each; garbage where no token was stored."""
+    zero, step = key_steps(read_bounds(key_cache.bounds, torch.arange(len(key_cache.codes))))
+    keys = zero + step * unpack(key_cache.codes).float()
+    codes = unpack(value_cache.codes).flatten(2, 3).float()  # [B, H, N, D]
+    zero, scale = value_cache.params.float().unbind(-1)  # each [B, H, N, G]
+    values = zero[..., None] + scale[..., None] * codes.unflatten(-1, (zero.shape[-1], -1))
+    return keys.flatten(2, 3), values.flatten(-2)
+
+
+def dequantize_blocks(
+    key_cache: Int4Keys,
+    value_cache: Int4Values,
+    blocks: torch.Tensor,
+    num_tokens: torch.Tensor,
+    key_out: torch.Tensor,
+    value_out: torch.Tensor,
+) -> None:
+    """Writes the first tokens of n blocks in the model's dtype, as prefill reads them; 0 behind them.
+
+    Args:
+        key_cache: 4-bit codes.
+        value_cache: Likewise.
+        blocks: ``[n]`` int32, blocks of the cache.
+        num_tokens: ``[n]`` int32, tokens of each block that are wanted, 0 to N.
+        key_out: ``[>= n, H, N, D]``, its first n blocks written.
+        value_out: Likewise.
+    """
+    keys, values = dequantized(key_cache, value_cache)
+    is_wanted = (torch.arange(key_out.shape[2]) < num_tokens[:, None])[:, None, :, None]
+    key_out[: len(blocks)] = torch.where(is_wanted, keys[blocks.long()], 0).to(key_out.dtype)
+    value_out[: len(blocks)] = torch.where(is_wanted, values[blocks.long()], 0).to(value_out.dtype)
