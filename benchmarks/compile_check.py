@@ -111,9 +111,9 @@ class Recorder:
 
 def views(head_size: int, page_size: int) -> PageViews:
     block_size = max(32, page_size)
-    content = PageLayout.content_size(page_size, head_size)
-    cache = torch.zeros(BLOCKS, KV_HEADS, block_size, content, dtype=torch.bfloat16)
-    return PageLayout(block_size, page_size, head_size, False).views(cache)
+    layout = PageLayout(block_size, page_size, head_size, for_cpu=False, dtype=torch.bfloat16)
+    cache = torch.zeros(BLOCKS, KV_HEADS, block_size, layout.content_size, dtype=layout.cache_dtype)
+    return layout.views(cache)
 
 
 def launch_store(head_size: int, page_size: int, tokens: int) -> None:

@@ -102,10 +102,10 @@ class Quest:
     def __init__(self, block_size: int, page_size: int, tokens: int, dtype: torch.dtype) -> None:
         self.name = f"QUEST, {page_size}-token pages"
         self.block_size, self.page_size, self.tokens = block_size, page_size, tokens
-        layout = PageLayout(block_size, page_size, HEAD_SIZE, for_cpu=True)
-        content = layout.content_size(page_size, HEAD_SIZE)
-        self.views = layout.views(random_cache(tokens // block_size, block_size, content, dtype))
-        self.views.bounds.copy_(self.views.bounds.sort(dim=3).values)
+        layout = PageLayout(block_size, page_size, HEAD_SIZE, for_cpu=True, dtype=dtype)
+        self.views = layout.views(random_cache(tokens // block_size, block_size, layout.content_size, dtype))
+        bounds = self.views.bounds.values
+        bounds.copy_(bounds.sort(dim=3).values)
         start = time.perf_counter()
         cpu.warm_up(HEAD_SIZE, KV_HEADS * GROUP, KV_HEADS, page_size, block_size, dtype, "max")
         self.compile_seconds = time.perf_counter() - start

@@ -80,13 +80,13 @@ def random_caches(rows: Rows, geometry: Geometry, block_size: int, content: int,
 
 
 def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, layers: int) -> Callable:
-    content = layout.content_size(layout.page_size, layout.head_size)
-    caches = random_caches(rows, geometry, layout.block_size, content, layers)
+    caches = random_caches(rows, geometry, layout.block_size, layout.content_size, layers)
     views = [layout.views(cache) for cache in caches]
     for pages in views:  # random bounds, but kmin below kmax
-        kmin, kmax = (bound.clone() for bound in pages.bounds.unbind(3))
-        torch.minimum(kmin, kmax, out=pages.bounds[:, :, :, 0])
-        torch.maximum(kmin, kmax, out=pages.bounds[:, :, :, 1])
+        bounds = pages.bounds.values
+        kmin, kmax = (bound.clone() for bound in bounds.unbind(3))
+        torch.minimum(kmin, kmax, out=bounds[:, :, :, 0])
+        torch.maximum(kmin, kmax, out=bounds[:, :, :, 1])
     budget_pages, page_size = budget // layout.page_size, layout.page_size
     num_pages = (rows.seq_lens + page_size - 1) // page_size
     workspace = kernels.Workspace.for_decode(
@@ -200,7 +200,7 @@ DENSE = {"FLASH_ATTN": flash_attn, "TRITON_ATTN": triton_attn}
 def measure(name: str, step: Step, repeats: int, bandwidth: float) -> dict:
     """One configuration: milliseconds per layer of QUEST and of each dense kernel that runs here."""
     geometry = step.geometry
-    layout = PageLayout(step.block_size, step.page_size, geometry.head_size, for_cpu=False)
+    layout = PageLayout(step.block_size, step.page_size, geometry.head_size, for_cpu=False, dtype=DTYPE)
     rows = Rows(geometry, step.batch, step.context, step.block_size)
     moved = sum(step.quest().values())
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from statistics import median
 
+import torch
+
 from benchmarks.documents import Question
 from benchmarks.engine_run import EngineRun
 from vllm_quest.layout import PageLayout
@@ -65,7 +67,7 @@ def judge(questions: tuple[Question, ...], dense: EngineRun, quest: EngineRun) -
 def figures(dense: EngineRun, quest: EngineRun, page_size: int) -> list[Figure]:
     """The table's rows; medians where there are repeats."""
     shares = read_shares(quest.counters)
-    layout = PageLayout(quest.block_size, page_size, quest.head_size, for_cpu=True)
+    layout = PageLayout(quest.block_size, page_size, quest.head_size, for_cpu=True, dtype=torch.float32)
     speeds = median(dense.tokens_per_s), median(quest.tokens_per_s)
     attention_ms = [median(run.attention_ms) if run.attention_ms else None for run in (dense, quest)]
     return [

@@ -26,10 +26,17 @@ def test_every_field_can_be_set() -> None:
         "group_reduce": "softmax_mean",
         "scorer": "minmax",
         "min_context": 4096,
+        "kv_dtype": "int4",
+        "metadata_dtype": "int8",
+        "value_group_size": 64,
     }
     assert dataclasses.asdict(QuestConfig.from_dict(entries)) == entries
     assert set(entries) == {field.name for field in dataclasses.fields(QuestConfig)}
     assert QuestConfig.from_dict(entries).budget_pages == 64
+
+
+def test_no_budget_means_everything() -> None:
+    assert QuestConfig.from_dict({"token_budget": None}).token_budget is None
 
 
 @pytest.mark.parametrize(
@@ -40,7 +47,10 @@ def test_every_field_can_be_set() -> None:
         ({"page_size": True}, ["page_size", "True"]),
         ({"token_budget": 0}, ["token_budget", "0", "at least 1"]),
         ({"token_budget": 1024.0}, ["token_budget", "1024.0", "an integer"]),
-        ({"token_budget": None}, ["token_budget", "None", "an integer"]),
+        ({"kv_dtype": "fp8"}, ["kv_dtype", "'fp8'", "auto, int4"]),
+        ({"metadata_dtype": "int4"}, ["metadata_dtype", "'int4'", "auto, int8"]),
+        ({"value_group_size": 48, "kv_dtype": "int4"}, ["value_group_size", "48", "None, 32, 64, 128"]),
+        ({"value_group_size": 64}, ["value_group_size", "64", "kv_dtype=int4"]),
         ({"token_budget": 1000}, ["token_budget", "1000", "multiple of 16"]),
         ({"token_budget": 32}, ["token_budget", "32", "at least 48", "sink_pages=1", "recent_pages=2"]),
         ({"token_budget": 64, "sink_pages": 4}, ["token_budget", "at least 96"]),

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 PAGE_SIZES = (8, 16, 32, 64)
 GROUP_REDUCES = ("max", "mean", "softmax_mean")
 SCORERS = ("minmax",)
+KV_DTYPES = ("auto", "int4")
+METADATA_DTYPES = ("auto", "int8")
 
 
 class QuestConfigError(ValueError):
@@ -28,7 +30,7 @@ class QuestConfig:
 
     Attributes:
         token_budget: Tokens that one decode step reads per KV head and layer. A multiple of `page_size`, and
-            at least the pages that are always kept.
+            at least the pages that are always kept. None: all of them, that is dense attention.
         page_size: Tokens per page, the unit that is scored and selected. 8, 16, 32 or 64; divides vLLM's
             ``block_size`` (what vLLM allocates).
         dense_layers: The first N layers of the model read everything (QUEST section 4.1 uses 2).
@@ -38,9 +40,14 @@ class QuestConfig:
             ``softmax_mean`` (mean over the heads of each head's softmax over its pages).
         scorer: How a page is scored. ``minmax`` is the upper bound of QUEST, equation 2.
         min_context: Contexts shorter than this many tokens are decoded densely.
+        kv_dtype: How K and V are stored: ``auto`` (the model's dtype) or ``int4`` (docs/int4.md).
+        metadata_dtype: How page bounds are stored: ``auto`` (the model's dtype; bfloat16 with ``int4``) or
+            ``int8``, rounded outward.
+        value_group_size: Channels of V that share a zero point and a scale, with ``int4``: 32, 64 or 128;
+            None for one group per head.
     """
 
-    token_budget: int = 2048
+    token_budget: int | None = 2048
     page_size: int = 16
     dense_layers: int = 2
     sink_pages: int = 1
@@ -48,28 +55,30 @@ class QuestConfig:
     group_reduce: str = "max"
     scorer: str = "minmax"
     min_context: int = 0
+    kv_dtype: str = "auto"
+    metadata_dtype: str = "auto"
+    value_group_size: int | None = None
 
     def __post_init__(self) -> None:
         self._check_choice("page_size", PAGE_SIZES)
         self._check_choice("group_reduce", GROUP_REDUCES)
         self._check_choice("scorer", SCORERS)
+        self._check_choice("kv_dtype", KV_DTYPES)
+        self._check_choice("metadata_dtype", METADATA_DTYPES)
+        self._check_choice("value_group_size", (None, 32, 64, 128))
         self._check_count("dense_layers", 0)
         self._check_count("sink_pages", 0)
         self._check_count("recent_pages", 1)
         self._check_count("min_context", 0)
-        self._check_count("token_budget", 1)
-        always = self.sink_pages + self.recent_pages
-        if self.token_budget % self.page_size or self.budget_pages < always:
-            raise QuestConfigError(
-                "token_budget",
-                f"{self.token_budget} does not fit page_size={self.page_size}, sink_pages={self.sink_pages} "
-                f"and recent_pages={self.recent_pages}",
-                f"a multiple of {self.page_size}, at least {always * self.page_size}",
-            )
+        if self.value_group_size is not None and self.kv_dtype != "int4":
+            raise QuestConfigError("value_group_size", f"{self.value_group_size}", "null unless kv_dtype=int4")
+        if self.token_budget is not None:
+            self._check_budget()
 
     @property
     def budget_pages(self) -> int:
-        """Pages read per (row, KV head), those always kept included."""
+        """Pages read per (row, KV head), those always kept included; only where there is a budget."""
+        assert self.token_budget is not None
         return self.token_budget // self.page_size
 
     @classmethod
@@ -120,6 +129,18 @@ class QuestConfig:
             )
         if refused:
             raise ValueError(f"--attention-backend QUEST cannot run this engine: {'; '.join(refused)}")
+
+    def _check_budget(self) -> None:
+        self._check_count("token_budget", 1)
+        assert self.token_budget is not None
+        always = self.sink_pages + self.recent_pages
+        if self.token_budget % self.page_size or self.budget_pages < always:
+            raise QuestConfigError(
+                "token_budget",
+                f"{self.token_budget} does not fit page_size={self.page_size}, sink_pages={self.sink_pages} "
+                f"and recent_pages={self.recent_pages}",
+                f"null, or a multiple of {self.page_size}, at least {always * self.page_size}",
+            )
 
     def _check_choice(self, name: str, allowed: tuple) -> None:
         value = getattr(self, name)

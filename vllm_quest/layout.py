@@ -3,12 +3,12 @@
 vLLM hands every layer a cache ``[num_blocks, num_kv_heads, block_size, C]`` in the layout LBHNC, so that the
 ``block_size * C`` elements of one (block, KV head) are one contiguous run. QUEST chooses C and cuts the run:
 
-    auto, CPU   | K [D, N] | V [N, D]            | bounds | offsets and scales | padding |
-    auto, GPU   | K, V of token 0 | of token 1 | ... | bounds | offsets and scales | padding |
-    int4        | K codes | V codes | zeros and scales of V | residual | bounds | offsets and scales | padding |
+    auto, CPU  | K [D, N] | V [N, D]                | bounds | their offsets and scales | padding |
+    auto, GPU  | K, V of token 0 | of token 1 | ... | bounds | their offsets and scales | padding |
+    int4       | K | V | zeros and scales of V | residual | bounds | their offsets and scales | padding |
 
 `auto` keeps K and V in the model's dtype: the first part is what the device's dense kernels expect of a cache
-without bounds. `int4` is drawn in docs/int4.md. Bounds are kmin and kmax of page 0, then of page 1, ...; offsets
+without bounds. docs/int4.md explains `int4`. Bounds are kmin and kmax of page 0, then of page 1, ...; offsets
 and scales are there for 8-bit bounds only. Whatever moves blocks (prefix caching, preemption, KV transfer)
 moves all of it with them.
 """
@@ -18,11 +18,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-__all__ = ["Int4Keys", "Int4Values", "PageBounds", "PageLayout", "PageViews"]
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from vllm_quest.config import QuestConfig
+
+__all__ = ["Int4Keys", "Int4Values", "KeyCache", "PageBounds", "PageLayout", "PageViews", "ValueCache"]
 
 ALIGNMENT = 16  # bytes, of every part of a run
 
@@ -37,7 +42,7 @@ class PageBounds(NamedTuple):
 class Int4Keys(NamedTuple):
     """K in 4 bits, quantized per channel within a page; the page's bounds are the quantizer's range."""
 
-    codes: torch.Tensor  # [B, H, P, S / 2, D] uint8: token i in the low nibble, token i + S / 2 in the high one
+    codes: torch.Tensor  # [B, H, P, S / 2, D] uint8: token i is the low nibble, token i + S / 2 the high one
     residual: torch.Tensor  # [B, H, S / 2, D] uint8: 4 more bits of each code of the page being filled
     bounds: PageBounds
 
@@ -49,14 +54,18 @@ class Int4Values(NamedTuple):
     params: torch.Tensor  # [B, H, N, G, 2] bfloat16: zero point and scale of each group of D / G channels
 
 
+KeyCache = torch.Tensor | Int4Keys  # [B, H, N, D] in the model's dtype, or 4-bit codes
+ValueCache = torch.Tensor | Int4Values
+
+
 class PageViews(NamedTuple):
     """Strided views into one layer's cache; none of them copies.
 
     B blocks, H KV heads, N tokens per block, D head size, S tokens per page, P = N / S pages per block.
     """
 
-    key: torch.Tensor | Int4Keys  # [B, H, N, D] in the model's dtype
-    value: torch.Tensor | Int4Values  # [B, H, N, D]
+    key: KeyCache
+    value: ValueCache
     bounds: PageBounds
     kv: torch.Tensor | None  # [B, H, N, 2 * D]: K and V as a dense backend expects its cache; None for int4
 
@@ -94,8 +103,23 @@ class PageLayout:
             )
         if self.head_size % self.value_groups:
             raise ValueError(
-                f"additional_config['quest'].value_group_size: does not divide the head size, {self.head_size}"
+                "additional_config['quest'].value_group_size does not divide the model's head size, "
+                f"{self.head_size}"
             )
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, config: QuestConfig, dtype: torch.dtype, *, for_cpu: bool) -> PageLayout:
+        """The layout of the layers that vLLM describes by `spec`; `dtype` is the model's."""
+        return cls(
+            spec.block_size,
+            config.page_size,
+            spec.head_size,
+            for_cpu,
+            dtype,
+            config.kv_dtype,
+            config.metadata_dtype,
+            value_groups=-(-spec.head_size // (config.value_group_size or spec.head_size)),
+        )
 
     @property
     def pages_per_block(self) -> int:
@@ -175,8 +199,9 @@ class PageLayout:
             or kv_cache.dtype != self.cache_dtype
         ):
             raise ValueError(
-                f"expected a cache [B, H, {self.block_size}, {content}] of {self.cache_dtype} with contiguous "
-                f"[N, C] runs, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides {kv_cache.stride()}"
+                f"expected a cache [B, H, {self.block_size}, {content}] of {self.cache_dtype}, contiguous "
+                f"[N, C] runs, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides "
+                f"{kv_cache.stride()}"
             )
         parts = {name: self._cut(kv_cache, name) for name in self._parts}
         bounds = PageBounds(parts["bounds"], parts.get("bound_params"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -23,10 +25,12 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
         for_cpu: bool = True,
         seed: int = 0,
+        **formats: Any,
     ) -> None:
-        self.layout = PageLayout(block_size, page_size, head_size, for_cpu)
-        content = PageLayout.content_size(page_size, head_size)
-        self.cache = torch.full((num_blocks, num_kv_heads, block_size, content), torch.nan, dtype=dtype)
+        self.layout = PageLayout(block_size, page_size, head_size, for_cpu, dtype, **formats)
+        shape = (num_blocks, num_kv_heads, block_size, self.layout.content_size)
+        self.cache = torch.empty(shape, dtype=self.layout.cache_dtype)
+        self.cache.view(torch.uint8).fill_(255)  # NaN in every floating dtype
         self.pages = self.layout.views(self.cache)
         self.rng = np.random.default_rng(seed)
         self.free = list(self.rng.permutation(num_blocks))
@@ -58,8 +62,8 @@ class PagedCache:
         heads, dim = self.cache.shape[1], self.layout.head_size
         total = sum(counts.values()) + padding
         if key is None:
-            key = torch.from_numpy(self.rng.standard_normal((total, heads, dim))).to(self.cache.dtype)
-        value = torch.from_numpy(self.rng.standard_normal((total, heads, dim))).to(self.cache.dtype)
+            key = torch.from_numpy(self.rng.standard_normal((total, heads, dim))).to(self.layout.dtype)
+        value = torch.from_numpy(self.rng.standard_normal((total, heads, dim))).to(self.layout.dtype)
         slots, row = [], 0
         for request, count in counts.items():
             context = self.requests[request]

@@ -35,5 +35,11 @@ if DEVICE.type == "cpu":
 
 
 def on_device(*arguments):
-    """The arguments of an operation, tensors moved to where the kernels run."""
-    return tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments)
+    """The arguments of an operation, tensors moved to where the kernels run, also those in tuples."""
+
+    def moved(argument):
+        if isinstance(argument, tuple):
+            return type(argument)(*map(moved, argument))
+        return argument.to(DEVICE) if isinstance(argument, torch.Tensor) else argument
+
+    return tuple(map(moved, arguments))

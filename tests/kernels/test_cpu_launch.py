@@ -9,6 +9,7 @@ import torch
 
 from tests.kernels.cache import PagedCache
 from vllm_quest.kernels import cpu
+from vllm_quest.layout import PageBounds
 
 MODULES = [sys.modules[f"vllm_quest.kernels.cpu.{name}"] for name in ("store", "score", "select", "attend")]
 FACTORIES = [getattr(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
@@ -66,11 +67,11 @@ def arguments() -> dict[str, tuple]:
         ("store", 1, lambda value: value[:, :1], "value"),
         ("store", 2, lambda cache: cache.contiguous(), "key_cache"),
         ("store", 3, lambda cache: cache.movedim(2, 3), "value_cache"),
-        ("store", 4, lambda bounds: bounds.bfloat16(), "bounds"),
-        ("store", 4, lambda bounds: bounds[:1], "bounds"),
+        ("store", 4, lambda bounds: PageBounds(bounds.values.bfloat16(), None), "bounds"),
+        ("store", 4, lambda bounds: PageBounds(bounds.values[:1], None), "bounds"),
         ("store", 5, lambda slots: slots.int(), "slot_mapping"),
         ("score_pages", 0, lambda query: query[:, :3], "query"),
-        ("score_pages", 1, lambda bounds: bounds[..., :16], "bounds"),
+        ("score_pages", 1, lambda bounds: PageBounds(bounds.values[..., :16], None), "bounds"),
         ("score_pages", 2, lambda table: table.long(), "block_table"),
         ("score_pages", 3, lambda pages: pages[:0], "num_pages"),
         ("score_pages", 5, lambda _: "sum", "group_reduce"),

@@ -98,10 +98,13 @@ def test_attention_over_every_page_is_dense(case) -> None:
     out = cpu.attend_pages(query, cache.pages.key, cache.pages.value, table, seq_lens, indices, size, 0.2)
     for row, context in enumerate(cache.requests.values()):
         keys, values = (
-            torch.tensor([t.tolist() for t in tokens]).view(len(context.keys), heads, -1).movedim(1, 0)
+            torch.tensor([t.tolist() for t in tokens])
+            .view(len(context.keys), heads, -1)
+            .movedim(1, 0)
+            .double()
             for tokens in (context.keys, context.values)
         )
-        queries = query[row].float().view(heads, -1, query.shape[2])
+        queries = query[row].double().view(heads, -1, query.shape[2])
         expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=0.2)
         torch.testing.assert_close(
             out[row], expected.flatten(0, 1).to(query.dtype), rtol=TOLERANCE[query.dtype], atol=2e-6

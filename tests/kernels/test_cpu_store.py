@@ -38,11 +38,11 @@ def test_a_rejected_draft_leaves_the_bounds() -> None:
     key = torch.zeros(4, 3, 112).bfloat16()
     key[2:] = 9
     cpu.store(key, key, views.key, views.value, views.bounds, torch.arange(4))
-    assert (views.bounds[0, :, 0, 1] == 9).all()
+    assert (views.bounds.values[0, :, 0, 1] == 9).all()
     accepted = torch.ones(1, 3, 112).bfloat16()
     cpu.store(accepted, accepted, views.key, views.value, views.bounds, torch.tensor([2]))
-    assert (views.bounds[0, :, 0, 0] == 0).all()
-    assert (views.bounds[0, :, 0, 1] == 1).all()
+    assert (views.bounds.values[0, :, 0, 0] == 0).all()
+    assert (views.bounds.values[0, :, 0, 1] == 1).all()
 
 
 def test_padding_between_tokens() -> None:
@@ -51,7 +51,7 @@ def test_padding_between_tokens() -> None:
     key = torch.randn(5, 3, 112).bfloat16()
     cpu.store(key, key, views.key, views.value, views.bounds, torch.tensor([8, -1, 9, -1, 16]))
     kept = key[[0, 2]]
-    assert torch.equal(views.bounds[0, :, 1, 0], kept.amin(0))
-    assert torch.equal(views.bounds[0, :, 1, 1], kept.amax(0))
-    assert torch.equal(views.bounds[0, :, 2, 0], key[4])
-    assert views.bounds[0, :, 0].isnan().all()
+    assert torch.equal(views.bounds.values[0, :, 1, 0], kept.amin(0))
+    assert torch.equal(views.bounds.values[0, :, 1, 1], kept.amax(0))
+    assert torch.equal(views.bounds.values[0, :, 2, 0], key[4])
+    assert views.bounds.values[0, :, 0].isnan().all()

@@ -48,7 +48,7 @@ def assert_bounds(cache: PagedCache) -> None:
     for context in cache.requests.values():
         for page in range(context.num_pages(size)):
             block, within = divmod(page, cache.layout.pages_per_block)
-            stored = cache.pages.bounds[context.blocks[block], :, within].float().numpy()
+            stored = cache.pages.bounds.values[context.blocks[block], :, within].float().numpy()
             kmin, kmax = oracle.page_bounds(context, page, size)
             np.testing.assert_array_equal(stored[:, 0], kmin)
             np.testing.assert_array_equal(stored[:, 1], kmax)

@@ -37,7 +37,7 @@ def expected_of(cache, query, table, seq_lens, pages, scale):
 
 
 def assert_attends(cache, *arguments) -> None:
-    bound = TOLERANCE[cache.cache.dtype]
+    bound = TOLERANCE[cache.layout.dtype]
     actual, expected = attend(cache, *arguments).cpu(), expected_of(cache, *arguments)
     torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
 
@@ -132,8 +132,8 @@ def test_persistent_buffers_serve_one_step_after_another() -> None:
 
 
 def test_strides_of_blocks_heads_and_queries_are_free() -> None:
-    layout = PageLayout(16, 8, 32, False)
-    cache = torch.randn(3, 5, 16, layout.content_size(8, 32)).to(DTYPES[0])  # heads before blocks
+    layout = PageLayout(16, 8, 32, False, DTYPES[0])
+    cache = torch.randn(3, 5, 16, layout.content_size).to(DTYPES[0])  # heads before blocks
     views = layout.views(cache.transpose(0, 1))
     on_gpu = layout.views(cache.to(DEVICE).transpose(0, 1))
     query = torch.randn(2, 3, 6, 32).to(DTYPES[0])[:, 0]  # a slice of one projection

@@ -9,6 +9,7 @@ from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, on_device
 from vllm_quest.kernels import reference, triton
 from vllm_quest.kernels.triton.workspace import score_scratch
+from vllm_quest.layout import PageBounds
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -29,7 +30,7 @@ def rows_of(lengths, heads=2, **kwargs):
 def query_for(cache, rows, group):
     heads = cache.cache.shape[1] * group
     query = torch.from_numpy(cache.rng.standard_normal((rows, heads, cache.layout.head_size)))
-    return query.to(cache.cache.dtype)
+    return query.to(cache.layout.dtype)
 
 
 def assert_scores(*arguments, **tolerance) -> None:
@@ -91,7 +92,7 @@ def test_persistent_buffers_serve_one_step_after_another(group_reduce) -> None:
 
 def test_huge_keys_do_not_overflow() -> None:
     cache, table, num_pages = rows_of([63], dtype=torch.float16, page_size=8, head_size=64)
-    cache.pages.bounds.mul_(10000)
+    cache.pages.bounds.values.mul_(10000)
     query = query_for(cache, 1, 4)
     assert_scores(query, cache.pages.bounds, table, num_pages, 0.3, "max", rtol=1e-5, atol=1)
 
@@ -100,11 +101,12 @@ def test_what_the_kernel_relies_on_is_checked() -> None:
     cache, table, num_pages = rows_of([63], page_size=8)
     query = query_for(cache, 1, 4)
     bounds = cache.pages.bounds
+    moved = PageBounds(bounds.values.movedim(3, 2), None)
     for arguments, message in [
         ((query, bounds, table, num_pages, 1.0, "sum"), "group_reduce: 'sum'; allowed: max, mean"),
         ((query[:, :7], bounds, table, num_pages, 1.0, "max"), "7 heads for 2 KV heads"),
         ((query_for(cache, 1, 17), bounds, table, num_pages, 1.0, "max"), "groups of 1 to 16"),
-        ((query, bounds.movedim(3, 2), table, num_pages, 1.0, "max"), r"bounds: .* is not \[B, H, P, 2, D\]"),
+        ((query, moved, table, num_pages, 1.0, "max"), r"bounds: .* is not \[B, H, P, 2, D\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             triton.score_pages(*arguments)

@@ -10,13 +10,13 @@ from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, on_device
 from tests.kernels.test_operations import STEPS, assert_bounds, run_steps
 from vllm_quest.kernels import reference, triton
-from vllm_quest.layout import PageLayout
+from vllm_quest.layout import PageBounds, PageLayout
 
 
-def whole(key_cache: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tensor, PageLayout]:
+def whole(key_cache: torch.Tensor, bounds: PageBounds) -> tuple[torch.Tensor, PageLayout]:
     """The cache ``[B, H, N, C]`` that the two are views of, and its layout."""
     blocks, heads, size, head_size = key_cache.shape
-    layout = PageLayout(size, size // bounds.shape[2], head_size, False)
+    layout = PageLayout(size, size // bounds.values.shape[2], head_size, False, key_cache.dtype)
     content = key_cache.stride(1) // size
     return key_cache.as_strided((blocks, heads, size, content), (*key_cache.stride()[:2], content, 1)), layout
 
@@ -73,7 +73,7 @@ def test_rejected_draft_leaves_no_trace() -> None:
     del context.keys[6:], context.values[6:]  # the first draft token was accepted
     cache.append(store, {request: 2})
     assert_bounds(cache)
-    assert cache.pages.bounds[context.blocks[0], :, 0, 1].amax() == 1000
+    assert cache.pages.bounds.values[context.blocks[0], :, 0, 1].amax() == 1000
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -85,9 +85,9 @@ def test_any_schedule(steps) -> None:
 
 
 def test_strides_of_blocks_and_heads_are_free() -> None:
-    layout = PageLayout(16, 8, 32, False)
-    content = layout.content_size(8, 32)
-    cache = torch.full((3, 5, 16, content), torch.nan, device=DEVICE, dtype=DTYPES[0])  # heads before blocks
+    layout = PageLayout(16, 8, 32, False, DTYPES[0])
+    shape = (3, 5, 16, layout.content_size)  # heads before blocks
+    cache = torch.full(shape, torch.nan, device=DEVICE, dtype=DTYPES[0])
     views = layout.views(cache.transpose(0, 1))
     qkv = torch.randn(9, 3, 5, 32, device=DEVICE).to(DTYPES[0])  # keys and values as slices of one projection
     key, value = qkv[:, 1, :3], qkv[:, 2, :3]
@@ -95,7 +95,7 @@ def test_strides_of_blocks_and_heads_are_free() -> None:
     triton.store(key, value, views.key, views.value, views.bounds, slots)
     torch.testing.assert_close(views.key[1, :, 5:14], key.transpose(0, 1), rtol=0, atol=0)
     torch.testing.assert_close(views.value[1, :, 5:14], value.transpose(0, 1), rtol=0, atol=0)
-    torch.testing.assert_close(views.bounds[1, :, 1, 1], key[3:].amax(0), rtol=0, atol=0)
+    torch.testing.assert_close(views.bounds.values[1, :, 1, 1], key[3:].amax(0), rtol=0, atol=0)
 
 
 def test_no_tokens_and_only_padding_write_nothing() -> None:

@@ -1,1 +1,1 @@
-"""What sparsity and 4-bit pages cost in quality, measured where it arises: in decode, through the real engine."""
+"""What sparsity and 4-bit pages cost in quality, measured in decode through the real engine."""

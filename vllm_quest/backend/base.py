@@ -41,8 +41,8 @@ class QuestBackend:
         """Enlarges the KV block by the bounds of its pages."""
         if spec.state_content_bytes is not None:
             return spec
-        content = PageLayout.content_size(current_config().page_size, spec.head_size)
-        return replace(spec, state_content_bytes=content * spec.dtype.itemsize)
+        layout = PageLayout.of(spec, current_config(), spec.dtype, for_cpu=False)
+        return replace(spec, dtype=layout.cache_dtype, state_content_bytes=layout.content_bytes)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

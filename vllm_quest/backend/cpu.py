@@ -87,12 +87,7 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = QuestConfig.from_vllm_config(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        self.layout = PageLayout(
-            block_size=self.block_size,
-            page_size=self.config.page_size,
-            head_size=self.head_dim,
-            for_cpu=True,
-        )
+        self.layout = PageLayout.of(kv_cache_spec, self.config, self.dtype, for_cpu=True)
         # Only these two of vLLM's CPU kernels keep K as plain [D, N]; AMX, for one, packs it.
         self.isa = "vec" if self.head_dim % 32 == 0 else "vec16"
         self._set_isa_to_layers(layer_names)

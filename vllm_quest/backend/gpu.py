@@ -109,6 +109,10 @@ class QuestGPUMetadataBuilder:
         # A builder of its own: vLLM's keeps the schedule of its last batch in one persistent buffer.
         self.prefill_builder = self.dense_builder(kv_cache_spec, layer_names, vllm_config, device)
         self.config = QuestConfig.from_vllm_config(vllm_config)
+        if (self.config.kv_dtype, self.config.metadata_dtype) != ("auto", "auto"):
+            raise QuestConfigError("kv_dtype, metadata_dtype", "not auto", "auto on a GPU")
+        if self.config.token_budget is None:
+            raise QuestConfigError("token_budget", "null", "a number of tokens on a GPU")
         if self.config.min_context > self.config.token_budget:
             raise QuestConfigError(
                 "min_context", f"{self.config.min_context}", "at most token_budget on a GPU"
@@ -131,7 +135,7 @@ class QuestGPUMetadataBuilder:
     ) -> None:
         """Decides which layers are sparse, and gives them what they share."""
         spec, config = self.spec, self.config
-        layout = PageLayout(spec.block_size, config.page_size, spec.head_size, for_cpu=False)
+        layout = PageLayout.of(spec, config, vllm_config.model_config.dtype, for_cpu=False)
         self.plan = LayerPlan.of(layers, config)
         self.plan.log(config, layout, spec.dtype, spec.num_kv_heads)
         max_blocks = spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)

@@ -1,8 +1,8 @@
 """QUEST (arXiv 2406.10774) in plain torch: store, score, select, attend.
 
 Every kernel of this package is compared with these functions. They take strided views, so the order of K
-inside a page does not matter to them. Letters for the shapes: see `vllm_quest.kernels`. What differs where the
-cache holds 4-bit codes stands in `reference_int4`, how bounds are encoded in `reference_bounds`.
+inside a page does not matter to them. How bounds are encoded stands in `reference_bounds`; what differs where
+the cache holds 4-bit codes, in `reference_int4`. Letters for the shapes: see `vllm_quest.kernels`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from vllm_quest.kernels.reference_bounds import read_bounds, write_bounds
 from vllm_quest.kernels.reference_int4 import dequantize_blocks, dequantized, store_int4
-from vllm_quest.layout import Int4Keys, Int4Values, PageBounds
+from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, PageBounds, ValueCache
 
 __all__ = ["attend_pages", "dequantize_blocks", "score_pages", "select_pages", "store"]
 
@@ -21,8 +21,8 @@ NO_PAGE = -1
 def store(
     key: torch.Tensor,
     value: torch.Tensor,
-    key_cache: torch.Tensor | Int4Keys,
-    value_cache: torch.Tensor | Int4Values,
+    key_cache: KeyCache,
+    value_cache: ValueCache,
     bounds: PageBounds,
     slot_mapping: torch.Tensor,
 ) -> None:
@@ -40,9 +40,11 @@ def store(
         bounds: kmin and kmax of each page, written.
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped.
     """
-    if isinstance(key_cache, Int4Keys):
+    if isinstance(key_cache, Int4Keys) and isinstance(value_cache, Int4Values):
         store_int4(key, value, key_cache, value_cache, slot_mapping)
         return
+    assert isinstance(key_cache, torch.Tensor)
+    assert isinstance(value_cache, torch.Tensor)
     block_size, pages_per_block = key_cache.shape[2], bounds.values.shape[2]
     page_size = block_size // pages_per_block
     real = slot_mapping >= 0
@@ -59,7 +61,8 @@ def store(
     positions = page[:, None] * page_size + torch.arange(page_size)
     keys = key_cache[block[:, None], :, positions]  # [pages, page_size, H, D]
     unwritten = (torch.arange(page_size) > last[:, None])[:, :, None, None]
-    kmin, kmax = keys.masked_fill(unwritten, torch.inf).amin(1), keys.masked_fill(unwritten, -torch.inf).amax(1)
+    kmin = keys.masked_fill(unwritten, torch.inf).amin(1)
+    kmax = keys.masked_fill(unwritten, -torch.inf).amax(1)
     write_bounds(bounds, block, page, kmin.float(), kmax.float())
 
 
@@ -136,8 +139,8 @@ def select_pages(
 
 def attend_pages(
     query: torch.Tensor,
-    key_cache: torch.Tensor | Int4Keys,
-    value_cache: torch.Tensor | Int4Values,
+    key_cache: KeyCache,
+    value_cache: ValueCache,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     page_indices: torch.Tensor,
@@ -159,8 +162,10 @@ def attend_pages(
     Returns:
         ``[R, Hq, D]`` in the query's dtype; computed in float32.
     """
-    if isinstance(key_cache, Int4Keys):
+    if isinstance(key_cache, Int4Keys) and isinstance(value_cache, Int4Values):
         key_cache, value_cache = dequantized(key_cache, value_cache)
+    assert isinstance(key_cache, torch.Tensor)
+    assert isinstance(value_cache, torch.Tensor)
     rows, num_heads, head_size = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
     tokens = page_indices.long()[..., None] * page_size + torch.arange(page_size)

@@ -20,15 +20,14 @@ LARGER = 1 + 2.0**-20  # a step this much larger reaches the top in 255 steps, w
 
 
 def round_down(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The largest finite number of `dtype` that is not above each of the float32 `values`."""
-    limit = torch.finfo(dtype).max
-    rounded = values.clamp(-limit, limit).to(dtype)
+    """The largest number of `dtype` that is not above each of the float32 `values`."""
+    rounded = values.to(dtype)
     lower = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
-    return torch.where(rounded.float() > values.clamp(min=-limit), lower, rounded)
+    return torch.where(rounded.float() > values, lower, rounded)
 
 
 def round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The smallest finite number of `dtype` that is not below each of the float32 `values`."""
+    """The smallest number of `dtype` that is not below each of the float32 `values`."""
     return -round_down(-values, dtype)
 
 
@@ -48,25 +47,23 @@ def write_bounds(
         page: ``[n]`` int64, within the block.
         kmin: ``[n, H, D]`` float32.
         kmax: ``[n, H, D]`` float32.
-        goes_on: ``[n]`` bool, pages whose stored bounds are widened to hold the new ones too; none unless given.
+        goes_on: ``[n]`` bool, pages whose stored bounds are widened by the new ones; none unless given.
     """
     if goes_on is not None:
         old = read_bounds(bounds, block)[torch.arange(len(block)), :, page]  # [n, H, 2, D]
         kmin = torch.where(goes_on[:, None, None], torch.minimum(kmin, old[:, :, 0]), kmin)
         kmax = torch.where(goes_on[:, None, None], torch.maximum(kmax, old[:, :, 1]), kmax)
     if bounds.params is None:
-        dtype = bounds.values.dtype
-        exact = dtype == torch.float32
-        bounds.values[block, :, page, 0] = kmin if exact else round_down(kmin, dtype)
-        bounds.values[block, :, page, 1] = kmax if exact else round_up(kmax, dtype)
+        bounds.values[block, :, page, 0] = round_down(kmin, bounds.values.dtype)
+        bounds.values[block, :, page, 1] = round_up(kmax, bounds.values.dtype)
         return
     kmin, kmax = kmin.clamp(-FLOAT32_MAX, FLOAT32_MAX), kmax.clamp(-FLOAT32_MAX, FLOAT32_MAX)
     offset, top = kmin.amin(-1), kmax.amax(-1)  # [n, H]
     scale = (top / CODES - offset / CODES) * LARGER
     stays = torch.zeros_like(offset, dtype=torch.bool)
     if goes_on is not None:
-        # Where the old offset and scale reach, they stay, and so do the codes of bounds that did not move: each
-        # change would round all of them outward once more.
+        # Where the old offset and scale reach, they stay, and so do the codes of bounds that did not move:
+        # each change would round all of them outward once more.
         old_offset, old_scale = bounds.params[block, :, page].unbind(-1)
         stays = goes_on[:, None] & (old_offset <= offset) & (old_offset + CODES * old_scale >= top)
         offset, scale = torch.where(stays, old_offset, offset), torch.where(stays, old_scale, scale)

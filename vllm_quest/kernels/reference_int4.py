@@ -14,6 +14,7 @@ from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["dequantize_blocks", "dequantized", "store_int4"]
 
+LARGEST = torch.finfo(torch.bfloat16).max  # what larger elements, infinite ones too, are stored as
 STEPS = 15  # of a 4-bit code
 FINE = 16  # an 8-bit code counts sixteenths of such a step, from half a step below zero: 16 * k + 8
 
@@ -49,11 +50,11 @@ def store_int4(
     """Quantizes K and V of new tokens into their pages, and widens the pages' bounds.
 
     A page that is being filled has a range that grows. When it does, the tokens already there are quantized
-    anew, from 8-bit codes: the high nibble is the page's 4-bit code, the low one lies in the block's residual.
-    So a token's error is that of one 4-bit quantization plus, each time the range grows, one of 8 bits. A block
-    has one residual: it belongs to the page of the block that was written last, whose number stands where the
-    residual of the page's last token would: a page is full once that token is there. Bounds of a page that goes
-    on are widened, not recomputed: those of a rejected draft stay until the page's first slot is written again.
+    anew, from 8-bit codes: the high nibble is the page's 4-bit code, the low one lies in the block's
+    residual. So a token's error is that of one 4-bit quantization plus, each time the range grows, one of 8
+    bits. A block has one residual: that of the page that was written last. The page's number stands where the
+    residual of its last token would, which is never needed: with that token the page is full. Bounds of a
+    page that goes on are widened, not recomputed: a rejected draft stays in them until the page starts anew.
 
     Args:
         key: ``[T, H, D]``, the model's dtype.
@@ -81,7 +82,7 @@ def store_int4(
     def by_page(tokens: torch.Tensor) -> torch.Tensor:
         placed = tokens.new_zeros(len(pages), page_size, *tokens.shape[1:])
         placed[owner, slots % page_size] = tokens[real]
-        return placed.float().transpose(1, 2)  # [pages, H, S, D]
+        return placed.float().clamp(-LARGEST, LARGEST).transpose(1, 2)  # [pages, H, S, D]
 
     new_keys = by_page(key)
     old_bounds = read_bounds(key_cache.bounds, block)[torch.arange(len(pages)), :, page]  # [pages, H, 2, D]
@@ -110,7 +111,7 @@ def store_int4(
 def _older_keys(
     key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor, bounds: torch.Tensor
 ) -> torch.Tensor:
-    """The keys that lie in n pages, ``[n, H, S, D]``, from 8 bits where the block's residual is the page's."""
+    """The keys in n pages, ``[n, H, S, D]``, from 8 bits where the block's residual is the page's."""
     code = unpack(key_cache.codes[block, :, page]).float()
     residual = unpack(key_cache.residual[block])
     belongs = residual[:, :, -1:] == (page % FINE)[:, None, None, None]
@@ -120,11 +121,10 @@ def _older_keys(
 
 
 def _quantize_values(values: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes ``[..., D]`` uint8 and zero points and scales ``[..., G, 2]`` bfloat16 of ``[..., D]`` float32."""
+    """Codes, ``[..., D]`` uint8, and zero points and scales, ``[..., G, 2]`` bfloat16, of ``[..., D]``."""
     grouped = values.unflatten(-1, (groups, -1))
     zero = round_down(grouped.amin(-1), torch.bfloat16)
-    top = grouped.amax(-1).clamp(max=torch.finfo(torch.bfloat16).max)
-    scale = round_up(top / STEPS - zero.float() / STEPS, torch.bfloat16)
+    scale = round_up(grouped.amax(-1) / STEPS - zero.float() / STEPS, torch.bfloat16)
     codes = (grouped - zero.float()[..., None]) * inverse(scale.float())[..., None]
     return codes.round().clamp(0, STEPS).byte().flatten(-2), torch.stack((zero, scale), -1)
 

@@ -50,6 +50,7 @@ from vllm_quest.kernels.cpu.simd import (
     sum_tile,
     zeros,
 )
+from vllm_quest.layout import KeyCache, ValueCache
 
 __all__ = ["attend_pages"]
 
@@ -228,8 +229,8 @@ def merge(parts, stride, chunks, target, head_size):
 
 def attend_pages(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    key_cache: KeyCache,
+    value_cache: ValueCache,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     page_indices: torch.Tensor,
@@ -251,6 +252,8 @@ def attend_pages(
     Returns:
         ``[R, Hq, D]`` in the query's dtype; computed in float32. A row without any page is 0.
     """
+    assert isinstance(key_cache, torch.Tensor)
+    assert isinstance(value_cache, torch.Tensor)
     dtype = check_caches(key_cache, value_cache)
     _, kv_heads, block_size, head_size = key_cache.shape
     query_dtype = check_query(query, kv_heads, head_size)

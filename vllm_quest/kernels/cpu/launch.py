@@ -15,6 +15,8 @@ import numba
 import numpy as np
 import torch
 
+from vllm_quest.layout import PageBounds
+
 # OpenMP costs 2 us a launch here, numba's own work queue over 100 us.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
@@ -101,16 +103,17 @@ def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> str:
     return dtype
 
 
-def check_bounds(bounds: torch.Tensor, head_size: int) -> str:
-    """The dtype's name, if this is ``[B, H, P, 2, D]`` with contiguous ``[P, 2, D]``."""
-    dtype = check_floating("bounds", bounds, 5)
+def check_bounds(bounds: PageBounds, head_size: int) -> str:
+    """The dtype's name, if the values are ``[B, H, P, 2, D]`` with contiguous ``[P, 2, D]``."""
+    values = bounds.values
+    dtype = check_floating("bounds", values, 5)
     if (
-        bounds.shape[3:] != (2, head_size)
-        or bounds.stride()[2:] != (2 * head_size, head_size, 1)
+        values.shape[3:] != (2, head_size)
+        or values.stride()[2:] != (2 * head_size, head_size, 1)
         or head_size % 16
     ):
         raise ValueError(
             f"bounds: expected [B, H, P, 2, {head_size}] with contiguous [P, 2, D] and a head size that is a "
-            f"multiple of 16, got {tuple(bounds.shape)} with strides {bounds.stride()}"
+            f"multiple of 16, got {tuple(values.shape)} with strides {values.stride()}"
         )
     return dtype

@@ -47,6 +47,7 @@ from vllm_quest.kernels.cpu.simd import (
     sum_tile,
     zeros,
 )
+from vllm_quest.layout import PageBounds
 
 __all__ = ["score_pages"]
 
@@ -162,7 +163,7 @@ def softmax_mean_kernel(group: int):
 
 def score_pages(
     query: torch.Tensor,
-    bounds: torch.Tensor,
+    bounds: PageBounds,
     block_table: torch.Tensor,
     num_pages: torch.Tensor,
     scale: float,
@@ -172,7 +173,7 @@ def score_pages(
 
     Args:
         query: ``[R, Hq, D]`` float32, bfloat16 or float16; query head h reads KV head ``h // (Hq / H)``.
-        bounds: ``[B, H, P, 2, D]``, each ``[P, 2, D]`` contiguous.
+        bounds: kmin and kmax of each page, each ``[P, 2, D]`` contiguous.
         block_table: ``[R, M]`` int32, the row's blocks in order.
         num_pages: ``[R]`` int32, pages in the context of each row, at most ``M * P``.
         scale: What attention multiplies q . k with; matters to ``softmax_mean`` only.
@@ -182,8 +183,9 @@ def score_pages(
         ``[R, H, M * P]`` float32; -inf where the row has no such page.
     """
     rows, num_heads, head_size = query.shape
-    dtype, query_dtype = check_bounds(bounds, head_size), check_query(query, bounds.shape[1], head_size)
-    kv_heads, pages_per_block = bounds.shape[1:3]
+    values = bounds.values
+    dtype, query_dtype = check_bounds(bounds, head_size), check_query(query, values.shape[1], head_size)
+    kv_heads, pages_per_block = values.shape[1:3]
     check_integers("block_table", block_table, torch.int32, rows)
     check_integers("num_pages", num_pages, torch.int32, rows)
     if group_reduce not in GROUP_REDUCES:
@@ -198,7 +200,7 @@ def score_pages(
     chunk_blocks = max(1, CHUNK_PAGES // pages_per_block)
     kernel(
         threads, counter.ctypes.data, query.data_ptr(), query.stride(0), query.stride(1),
-        bounds.data_ptr(), bounds.stride(0), bounds.stride(1), block_table.data_ptr(), block_table.stride(0),
+        values.data_ptr(), values.stride(0), values.stride(1), block_table.data_ptr(), block_table.stride(0),
         num_pages.data_ptr(), target.data_ptr(), target.shape[2], rows, kv_heads,
         max(1, -(-block_table.shape[1] // chunk_blocks)), chunk_blocks,
     )  # fmt: skip

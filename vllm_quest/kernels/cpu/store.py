@@ -24,6 +24,7 @@ from vllm_quest.kernels.cpu.launch import (
 from vllm_quest.kernels.cpu.memory import advance, copy, get, load_tile, next_item, pointer, prefetch, scatter
 from vllm_quest.kernels.cpu.memory import store as store_tile
 from vllm_quest.kernels.cpu.simd import filled, first_lanes, max_of_rows, maximum, min_of_rows, minimum
+from vllm_quest.layout import KeyCache, PageBounds, ValueCache
 
 __all__ = ["store"]
 
@@ -103,9 +104,9 @@ def store_kernel(dtype: str, head_size: int, page_size: int, block_size: int):
 def store(
     key: torch.Tensor,
     value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    bounds: torch.Tensor,
+    key_cache: KeyCache,
+    value_cache: ValueCache,
+    bounds: PageBounds,
     slot_mapping: torch.Tensor,
 ) -> None:
     """Writes K and V of new tokens and the bounds of every page they touch (section 3.2, "page metadata").
@@ -118,10 +119,12 @@ def store(
         value: ``[T, H, D]``, likewise.
         key_cache: ``[B, H, N, D]``, channel-major blocks: strides ``(.., .., 1, N)``; written.
         value_cache: ``[B, H, N, D]``, token-major blocks: strides ``(.., .., D, 1)``; written.
-        bounds: ``[B, H, P, 2, D]``, kmin and kmax of each page, each ``[P, 2, D]`` contiguous; written.
+        bounds: kmin and kmax of each page, each ``[P, 2, D]`` contiguous; written.
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped. The
             tokens of one page come with ascending slots.
     """
+    assert isinstance(key_cache, torch.Tensor)
+    assert isinstance(value_cache, torch.Tensor)
     dtype = check_caches(key_cache, value_cache)
     num_blocks, kv_heads, block_size, head_size = key_cache.shape
     tokens = len(slot_mapping)
@@ -136,15 +139,16 @@ def store(
                 f"{name}: expected [{tokens}, {kv_heads}, {head_size}] {key_cache.dtype}, heads contiguous, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
             )
-    page_size = block_size // bounds.shape[2]
+    values = bounds.values
+    page_size = block_size // values.shape[2]
     if (
         check_bounds(bounds, head_size) != dtype
-        or bounds.shape[:2] != (num_blocks, kv_heads)
+        or values.shape[:2] != (num_blocks, kv_heads)
         or page_size not in PAGE_SIZES
     ):
         raise ValueError(
             f"bounds: expected [{num_blocks}, {kv_heads}, P, 2, {head_size}] {key_cache.dtype} with pages of "
-            f"{PAGE_SIZES} tokens, got {tuple(bounds.shape)} {bounds.dtype}"
+            f"{PAGE_SIZES} tokens, got {tuple(values.shape)} {values.dtype}"
         )
     check_integers("slot_mapping", slot_mapping, torch.int64, tokens)
     kernel = store_kernel(dtype, head_size, page_size, block_size)
@@ -153,6 +157,6 @@ def store(
     kernel(
         threads, counter.ctypes.data, key.data_ptr(), key.stride(0), key.stride(1), value.data_ptr(),
         value.stride(0), value.stride(1), key_cache.data_ptr(), key_cache.stride(0), key_cache.stride(1),
-        value_cache.data_ptr(), value_cache.stride(0), value_cache.stride(1), bounds.data_ptr(),
-        bounds.stride(0), bounds.stride(1), slot_mapping.data_ptr(), tokens, kv_heads, chunks,
+        value_cache.data_ptr(), value_cache.stride(0), value_cache.stride(1), values.data_ptr(),
+        values.stride(0), values.stride(1), slot_mapping.data_ptr(), tokens, kv_heads, chunks,
     )  # fmt: skip

@@ -33,9 +33,8 @@ def warm_up(
         dtype: Of the model and its cache.
         group_reduce: As in the configuration.
     """
-    layout = PageLayout(block_size, page_size, head_size, for_cpu=True)
-    content = layout.content_size(page_size, head_size)
-    views = layout.views(torch.zeros(1, num_kv_heads, block_size, content, dtype=dtype))
+    layout = PageLayout(block_size, page_size, head_size, for_cpu=True, dtype=dtype)
+    views = layout.views(torch.zeros(1, num_kv_heads, block_size, layout.content_size, dtype=dtype))
     query = torch.zeros(1, num_heads, head_size, dtype=dtype)
     key = torch.zeros(1, num_kv_heads, head_size, dtype=dtype)
     block_table = torch.zeros(1, 1, dtype=torch.int32)

@@ -11,6 +11,7 @@ import triton.language as tl
 from vllm_quest.kernels.triton.launch import check_cache, check_group, choose, dot_type, split_count
 from vllm_quest.kernels.triton.split import arrive_last, split_range
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch
+from vllm_quest.layout import KeyCache, ValueCache
 
 __all__ = ["attend_pages"]
 
@@ -138,8 +139,8 @@ def _attend_kernel(
 
 def attend_pages(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    key_cache: KeyCache,
+    value_cache: ValueCache,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     page_indices: torch.Tensor,
@@ -169,6 +170,8 @@ def attend_pages(
     Raises:
         ValueError: A shape or stride that the kernel does not handle.
     """
+    assert isinstance(key_cache, torch.Tensor)
+    assert isinstance(value_cache, torch.Tensor)
     rows, num_heads, head_size = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
     group, budget_pages = check_group(num_heads, num_kv_heads), page_indices.shape[2]

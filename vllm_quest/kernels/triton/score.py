@@ -14,6 +14,7 @@ import triton.language as tl
 from vllm_quest.kernels.triton.launch import check_group, choose, dot_type, split_count
 from vllm_quest.kernels.triton.split import arrive_last, split_range
 from vllm_quest.kernels.triton.workspace import Workspace, score_scratch
+from vllm_quest.layout import PageBounds
 
 __all__ = ["score_pages"]
 
@@ -140,7 +141,7 @@ def _score_kernel(
 
 def score_pages(
     query: torch.Tensor,
-    bounds: torch.Tensor,
+    bounds: PageBounds,
     block_table: torch.Tensor,
     num_pages: torch.Tensor,
     scale: float,
@@ -154,7 +155,7 @@ def score_pages(
     Args:
         query: ``[R, Hq, D]``, contiguous in D; query head h reads KV head ``h // (Hq / H)``; Hq / H at most
             16.
-        bounds: ``[B, H, P, 2, D]``, finite, contiguous in the last three dimensions.
+        bounds: kmin and kmax of each page, finite, contiguous in the last three dimensions.
         block_table: ``[R, M]`` int32; only entries within the row's context are read.
         num_pages: ``[R]`` int32, pages in the context of each row; read on the device.
         scale: What attention multiplies q . k with; positive; matters to ``softmax_mean`` only.
@@ -170,14 +171,15 @@ def score_pages(
         ValueError: A shape, stride or choice that the kernel does not handle.
     """
     rows, num_heads, head_size = query.shape
-    num_kv_heads, pages_per_block = bounds.shape[1:3]
+    values = bounds.values
+    num_kv_heads, pages_per_block = values.shape[1:3]
     group = check_group(num_heads, num_kv_heads)
     max_pages = block_table.shape[1] * pages_per_block
     if group_reduce not in _REDUCES:
         raise ValueError(f"group_reduce: {group_reduce!r}; allowed: {', '.join(_REDUCES)}")
-    if bounds.shape[3:] != (2, head_size) or bounds.stride()[2:] != (2 * head_size, head_size, 1):
+    if values.shape[3:] != (2, head_size) or values.stride()[2:] != (2 * head_size, head_size, 1):
         raise ValueError(
-            f"bounds: {tuple(bounds.shape)} with strides {bounds.stride()} is not [B, H, P, 2, D]"
+            f"bounds: {tuple(values.shape)} with strides {values.stride()} is not [B, H, P, 2, D]"
         )
     if query.stride(2) != 1 or block_table.stride(1) != 1:
         raise ValueError("query, block_table: the last dimension must be contiguous")
@@ -200,7 +202,7 @@ def score_pages(
         scratch, arrivals = workspace.scratch, workspace.arrivals
     _score_kernel[(splits, num_kv_heads, rows)](
         query,
-        bounds,
+        values,
         block_table,
         num_pages,
         out,
@@ -211,8 +213,8 @@ def score_pages(
         max_pages,
         query.stride(0),
         query.stride(1),
-        bounds.stride(0),
-        bounds.stride(1),
+        values.stride(0),
+        values.stride(1),
         block_table.stride(0),
         out.stride(0),
         out.stride(1),
@@ -223,7 +225,7 @@ def score_pages(
         PAGES_PER_BLOCK=pages_per_block,
         REDUCE=group_reduce,
         TILE=choice.tile,
-        DOT=dot_type(bounds.dtype),
+        DOT=dot_type(values.dtype),
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
     )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_quest.kernels.triton.launch import check_cache
+from vllm_quest.layout import KeyCache, PageBounds, ValueCache
 
 __all__ = ["store"]
 
@@ -125,9 +126,9 @@ def _store_kernel(
 def store(
     key: torch.Tensor,
     value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    bounds: torch.Tensor,
+    key_cache: KeyCache,
+    value_cache: ValueCache,
+    bounds: PageBounds,
     slot_mapping: torch.Tensor,
 ) -> None:
     """Writes K and V of new tokens and the bounds of every page they touch. One launch.
@@ -140,7 +141,7 @@ def store(
         value: ``[T, H, D]``, likewise.
         key_cache: ``[B, H, N, D]``, contiguous in D; written.
         value_cache: ``[B, H, N, D]``, with the strides of `key_cache`; written.
-        bounds: ``[B, H, P, 2, D]``, kmin and kmax of each page, with the block and head strides of
+        bounds: kmin and kmax of each page, with the block and head strides of
             `key_cache`; written. A page holds a power of two of tokens.
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped. Rows
             of `key` beyond T are padding too.
@@ -148,14 +149,16 @@ def store(
     Raises:
         ValueError: A shape, stride or dtype that the kernel does not handle.
     """
+    assert isinstance(key_cache, torch.Tensor)
+    assert isinstance(value_cache, torch.Tensor)
     num_kv_heads, block_size, head_size = key_cache.shape[1:]
-    num_tokens, page_size = slot_mapping.shape[0], block_size // bounds.shape[2]
+    num_tokens, page_size = slot_mapping.shape[0], block_size // bounds.values.shape[2]
     if num_tokens == 0:
         return
     check_cache(key_cache, value_cache, page_size)
-    if bounds.stride() != (*key_cache.stride()[:2], 2 * head_size, head_size, 1):
-        raise ValueError(f"bounds: strides {bounds.stride()}; needed: views of one PageLayout")
-    if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype == bounds.dtype:
+    if bounds.values.stride() != (*key_cache.stride()[:2], 2 * head_size, head_size, 1):
+        raise ValueError(f"bounds: strides {bounds.values.stride()}; needed: views of one PageLayout")
+    if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype == bounds.values.dtype:
         raise ValueError(f"key, value: {key.dtype}, {value.dtype}; needed: the cache's {key_cache.dtype}")
     if key.stride(2) != 1 or value.stride(2) != 1 or slot_mapping.dtype != torch.int64:
         raise ValueError("key, value: contiguous in D; slot_mapping: int64")
@@ -166,7 +169,7 @@ def store(
         value,
         key_cache,
         value_cache,
-        bounds,
+        bounds.values,
         slot_mapping,
         num_tokens,
         key.stride(0),
