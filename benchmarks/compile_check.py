@@ -133,12 +133,22 @@ def launch_select(max_pages: int) -> None:
     kernels.select_pages(scores, torch.ones(ROWS, dtype=torch.int32), 128, 1, 2)
 
 
-def launch_attend(head_size: int, page_size: int, group: int) -> None:
+def launch_attend(head_size: int, page_size: int, group: int, value_threshold: float | None) -> None:
     pages = views(head_size, page_size)
     query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
     counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
     indices = torch.zeros(ROWS, KV_HEADS, 2048 // page_size, dtype=torch.int32)
-    kernels.attend_pages(query, pages.key, pages.value, table, counts, indices, page_size, SCALE)
+    kernels.attend_pages(
+        query,
+        pages.key,
+        pages.value,
+        table,
+        counts,
+        indices,
+        page_size,
+        SCALE,
+        value_threshold=value_threshold,
+    )
 
 
 def cases() -> list[Case]:
@@ -153,8 +163,9 @@ def cases() -> list[Case]:
         for reduce in reduces:
             call = partial(launch_score, head_size, page_size, group, reduce)
             found.append(Case("score", f"{geometry}, group {group}, {reduce}", call))
-        call = partial(launch_attend, head_size, page_size, group)
-        found.append(Case("attend", f"{geometry}, group {group}", call))
+        for name, threshold in (("", None), (", threshold", 6.5)):
+            call = partial(launch_attend, head_size, page_size, group, threshold)
+            found.append(Case("attend", f"{geometry}, group {group}{name}", call))
     for max_pages in (512, 2048, 65536):
         found.append(Case("select", f"{max_pages} pages", partial(launch_select, max_pages)))
     return found

@@ -88,7 +88,7 @@ def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, 
         torch.minimum(kmin, kmax, out=bounds[:, :, :, 0])
         torch.maximum(kmin, kmax, out=bounds[:, :, :, 1])
     budget_pages, page_size = budget // layout.page_size, layout.page_size
-    num_pages = (rows.seq_lens + page_size - 1) // page_size
+    pages_to_score = (rows.seq_lens + page_size - 1) // page_size * (rows.seq_lens > budget)
     workspace = kernels.Workspace.for_decode(
         max_rows=len(rows.query),
         num_heads=geometry.num_heads,
@@ -98,6 +98,7 @@ def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, 
         budget_pages=budget_pages,
         page_size=page_size,
         group_reduce="max",
+        min_context=budget + 1,
         device=rows.query.device,
     )
 
@@ -105,10 +106,16 @@ def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, 
         for pages in views:
             kernels.store(rows.key, rows.value, pages.key, pages.value, pages.bounds, rows.slot_mapping)
             scores = kernels.score_pages(
-                rows.query, pages.bounds, rows.block_table, num_pages, rows.scale, "max", workspace=workspace
+                rows.query,
+                pages.bounds,
+                rows.block_table,
+                pages_to_score,
+                rows.scale,
+                "max",
+                workspace=workspace,
             )
             page_indices = kernels.select_pages(
-                scores, num_pages, budget_pages, SINK_PAGES, RECENT_PAGES, workspace=workspace
+                scores, pages_to_score, budget_pages, SINK_PAGES, RECENT_PAGES, workspace=workspace
             )
             kernels.attend_pages(
                 rows.query,
@@ -119,6 +126,7 @@ def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, 
                 page_indices,
                 page_size,
                 rows.scale,
+                min_context=budget + 1,
                 out=rows.out,
                 workspace=workspace,
             )

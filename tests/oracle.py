@@ -65,11 +65,29 @@ def selected_pages(scores: list[float], budget: int, sink: int, recent: int) -> 
     return sorted(always + others[: budget - len(always)])
 
 
-def attention(context: Context, pages: list[int], page_size: int, query: np.ndarray, head: int, scale: float):
-    """Output [D] of one query head over the tokens of `pages`."""
+def tokens_of(context: Context, pages: list[int], page_size: int) -> list[int]:
     tokens = [t for page in pages for t in range(page * page_size, (page + 1) * page_size)]
-    tokens = [t for t in tokens if t < len(context.keys)]
-    logits = np.array([query.astype(np.float64) @ context.keys[t][head] * scale for t in tokens])
+    return [t for t in tokens if t < len(context.keys)]
+
+
+def logits_of(context: Context, tokens: list[int], query: np.ndarray, head: int, scale: float) -> np.ndarray:
+    return np.array([query.astype(np.float64) @ context.keys[t][head] * scale for t in tokens])
+
+
+def near_tokens(
+    context: Context, tokens: list[int], queries: np.ndarray, head: int, scale: float, threshold: float
+) -> list[int]:
+    """Those of `tokens` whose logit lies less than `threshold` below the top of a query head, of [G, D]."""
+    near = set()
+    for query in queries:
+        logits = logits_of(context, tokens, query, head, scale)
+        near |= {t for t, logit in zip(tokens, logits, strict=True) if logit > logits.max() - threshold}
+    return sorted(near)
+
+
+def attention(context: Context, tokens: list[int], query: np.ndarray, head: int, scale: float):
+    """Output [D] of one query head over `tokens`."""
+    logits = logits_of(context, tokens, query, head, scale)
     weights = np.exp(logits - logits.max())
     values = np.stack([context.values[t][head] for t in tokens]).astype(np.float64)
     return (weights / weights.sum()) @ values

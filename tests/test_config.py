@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -29,14 +30,18 @@ def test_every_field_can_be_set() -> None:
         "kv_dtype": "int4",
         "metadata_dtype": "int8",
         "value_group_size": 64,
+        "value_threshold": 6.5,
     }
     assert dataclasses.asdict(QuestConfig.from_dict(entries)) == entries
     assert set(entries) == {field.name for field in dataclasses.fields(QuestConfig)}
     assert QuestConfig.from_dict(entries).budget_pages == 64
+    assert QuestConfig.from_dict(entries).sparse_context == 4096
+    assert QuestConfig.from_dict(entries | {"min_context": 512}).sparse_context == 513
 
 
 def test_no_budget_means_everything() -> None:
     assert QuestConfig.from_dict({"token_budget": None}).token_budget is None
+    assert QuestConfig.from_dict({"token_budget": None}).sparse_context > 2**30
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,11 @@ def test_no_budget_means_everything() -> None:
         ({"sink_pages": -2}, ["sink_pages", "-2"]),
         ({"recent_pages": 0}, ["recent_pages", "0", "at least 1"]),
         ({"min_context": "4k"}, ["min_context", "'4k'"]),
+        ({"value_threshold": 0}, ["value_threshold", "0", "a positive number, or null"]),
+        ({"value_threshold": math.inf}, ["value_threshold", "inf", "a positive number"]),
+        ({"value_threshold": math.nan}, ["value_threshold", "nan", "a positive number"]),
+        ({"value_threshold": True}, ["value_threshold", "True", "a positive number"]),
+        ({"value_threshold": "6"}, ["value_threshold", "'6'", "a positive number"]),
         ({"group_reduce": "sum"}, ["group_reduce", "'sum'", "max, mean, softmax_mean"]),
         ({"scorer": "mean"}, ["scorer", "'mean'", "minmax"]),
         ({"token_bugdet": 512}, ["unknown key 'token_bugdet'", "did you mean 'token_budget'", "page_size"]),

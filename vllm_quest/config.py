@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ GROUP_REDUCES = ("max", "mean", "softmax_mean")
 SCORERS = ("minmax",)
 KV_DTYPES = ("auto", "int4")
 METADATA_DTYPES = ("auto", "int8")
+NO_CONTEXT = 2**31 - 1  # tokens; a context that is never reached
 
 
 class QuestConfigError(ValueError):
@@ -45,6 +47,9 @@ class QuestConfig:
             ``int8``, rounded outward.
         value_group_size: Channels of V that share a zero point and a scale, with ``int4``: 32, 64 or 128;
             None for one group per head.
+        value_threshold: t: V rows are not read where no query head of the group has e^-t of its largest
+            probability. A positive number, GPUs only; None reads every V row of the selected pages. The
+            counters count them as read.
     """
 
     token_budget: int | None = 2048
@@ -58,6 +63,7 @@ class QuestConfig:
     kv_dtype: str = "auto"
     metadata_dtype: str = "auto"
     value_group_size: int | None = None
+    value_threshold: float | None = None
 
     def __post_init__(self) -> None:
         self._check_choice("page_size", PAGE_SIZES)
@@ -71,15 +77,24 @@ class QuestConfig:
         self._check_count("recent_pages", 1)
         self._check_count("min_context", 0)
         if self.value_group_size is not None and self.kv_dtype != "int4":
-            raise QuestConfigError("value_group_size", f"{self.value_group_size}", "null unless kv_dtype=int4")
+            raise QuestConfigError(
+                "value_group_size", f"{self.value_group_size}", "null unless kv_dtype=int4"
+            )
         if self.token_budget is not None:
             self._check_budget()
+        if self.value_threshold is not None:
+            self._check_positive("value_threshold")
 
     @property
     def budget_pages(self) -> int:
         """Pages read per (row, KV head), those always kept included; only where there is a budget."""
         assert self.token_budget is not None
         return self.token_budget // self.page_size
+
+    @property
+    def sparse_context(self) -> int:
+        """Tokens of the shortest context that selects pages: `min_context`, and more than the budget."""
+        return max(self.min_context, self.token_budget + 1) if self.token_budget else NO_CONTEXT
 
     @classmethod
     def from_dict(cls, entries: Any) -> QuestConfig:
@@ -151,6 +166,11 @@ class QuestConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise QuestConfigError(name, f"{value!r}", f"an integer, at least {least}")
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise QuestConfigError(name, f"{value!r}", "a positive number, or null")
 
 
 _current: QuestConfig | None = None

@@ -49,10 +49,16 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("reduce", ["max", "mean", "softmax_mean"])
-def test_same_results_as_the_cpu_backend(reduce) -> None:
-    gpu = Engine(Backend, QUEST | {"group_reduce": reduce})
-    cpu = cpu_engine(QUEST | {"group_reduce": reduce})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *[{"group_reduce": reduce} for reduce in ("max", "mean", "softmax_mean")],
+        *[{"min_context": tokens} for tokens in (30, 72, 320)],  # within the budget, beyond, always
+    ],
+)
+def test_same_results_as_the_cpu_backend(changes) -> None:
+    gpu = Engine(Backend, QUEST | changes)
+    cpu = cpu_engine(QUEST | changes)
     for seed, work in enumerate(STEPS):
         for got, expected in zip(gpu.step(work, seed), cpu.step(work, seed), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
@@ -64,9 +70,11 @@ def test_same_results_as_the_cpu_backend(reduce) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
 
 
-def test_same_counts_as_the_cpu_backend() -> None:
+@pytest.mark.parametrize("min_context", [0, 72])
+def test_same_counts_as_the_cpu_backend(min_context) -> None:
     deltas = []
-    for engine in (Engine(Backend, QUEST), cpu_engine(QUEST)):
+    quest = QUEST | {"min_context": min_context}
+    for engine in (Engine(Backend, quest), cpu_engine(quest)):
         before = vllm_quest.read_counters()
         for seed, work in enumerate(STEPS):
             engine.step(work, seed)
@@ -108,5 +116,27 @@ def test_what_the_builder_promises() -> None:
     assert Builder.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_BATCH
     assert Backend.forward_includes_kv_cache_update is False
     assert Engine(Backend, QUEST, speculated=2).builder.reorder_batch_threshold == 3
-    with pytest.raises(QuestConfigError, match="min_context"):
-        Engine(Backend, QUEST | {"min_context": 96})
+
+
+def test_rows_that_read_everything_have_no_pages_to_score() -> None:
+    engine = Engine(Backend, QUEST | {"min_context": 72})
+    engine.step([(0, 20, True), (1, 70, True), (2, 90, True)], 0)
+    engine.step([(0, 1, False), (1, 1, False), (2, 1, False)], 1)
+    assert engine.builder.row_pages[:3].tolist() == [0, 0, 12]
+    engine.step([(1, 1, False), (2, 1, False)], 2)
+    assert engine.builder.row_pages[:2].tolist() == [9, 12]
+
+
+def test_the_value_threshold_reaches_the_kernel() -> None:
+    outputs = []
+    for threshold in (None, 1e3, 1e-3):
+        engine = Engine(Backend, QUEST | {"dense_layers": 0, "value_threshold": threshold})
+        engine.step([(0, 90, True)], 0)
+        outputs.append(engine.step([(0, 1, False)], 1)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not outputs[0].isclose(outputs[2], atol=0.1).all()
+
+
+def test_the_value_threshold_is_refused_on_a_cpu() -> None:
+    with pytest.raises(QuestConfigError, match=r"value_threshold: 6\.0; allowed: null on a CPU"):
+        cpu_engine(QUEST | {"value_threshold": 6.0})

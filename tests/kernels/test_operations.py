@@ -100,10 +100,59 @@ def check_decode(ops, cache: PagedCache, requests: list[int], reduce: str, budge
             chosen = oracle.selected_pages(list(got), budget, 1, 2)
             assert [page for page in pages[row, head].tolist() if page >= 0] == chosen
             for q in range(group):
-                expected_out = oracle.attention(context, chosen, size, queries[q], head, scale)
+                tokens = oracle.tokens_of(context, chosen, size)
+                expected_out = oracle.attention(context, tokens, queries[q], head, scale)
                 np.testing.assert_allclose(
                     out[row, head * group + q].numpy(), expected_out, rtol=2e-5, atol=1e-5
                 )
+
+
+@pytest.mark.parametrize("threshold", [0.5, 2.0, 30.0])
+@pytest.mark.parametrize("group", [1, 3])
+def test_values_below_the_threshold_are_not_read(threshold, group) -> None:
+    """Nor do they count; what is read for one query head of a group counts for all of them."""
+    cache = PagedCache(page_size=8)
+    requests = [cache.new_request() for _ in range(2)]
+    cache.append(reference.store, dict(zip(requests, [140, 9], strict=True)))
+    table, seq_lens, _ = cache.rows(requests)
+    query = torch.from_numpy(cache.rng.standard_normal((2, 2 * group, 32))).float() * 3
+    pages = torch.tensor([[0, 3, 5, 17], [0, 1, -1, -1]], dtype=torch.int32)[:, None].expand(-1, 2, -1)
+    views = cache.pages
+    arguments = (query, views.key, views.value, table, seq_lens, pages, 8, 0.2)
+    out = reference.attend_pages(*arguments, value_threshold=threshold)
+    for row, request in enumerate(requests):
+        context = cache.requests[request]
+        tokens = oracle.tokens_of(context, [page for page in pages[row, 0].tolist() if page >= 0], 8)
+        for head in range(2 * group):
+            queries = query[row, head // group * group :][:group].numpy()
+            near = oracle.near_tokens(context, tokens, queries, head // group, 0.2, threshold)
+            assert (len(near) == len(tokens)) == (threshold == 30.0)
+            expected = oracle.attention(context, near, query[row, head].numpy(), head // group, 0.2)
+            np.testing.assert_allclose(out[row, head].numpy(), expected, rtol=2e-5, atol=1e-5)
+
+
+def test_short_rows_read_every_page() -> None:
+    """By their lengths, or because there is no list; what a list says of such a row does not matter."""
+    cache = PagedCache(page_size=8)
+    requests = [cache.new_request() for _ in range(2)]
+    cache.append(reference.store, dict(zip(requests, [77, 21], strict=True)))
+    table, seq_lens, _ = cache.rows(requests)
+    query = torch.from_numpy(cache.rng.standard_normal((2, 6, 32))).float()
+    lists = torch.tensor([[0, 9], [2**30, -1]], dtype=torch.int32)[:, None].expand(-1, 2, -1)
+    views = cache.pages
+    for pages, min_context, read in [
+        (None, 0, [range(77), range(21)]),
+        (lists, 22, [[*range(8), *range(72, 77)], range(21)]),
+        (lists, 77, [[*range(8), *range(72, 77)], range(21)]),
+        (lists, 78, [range(77), range(21)]),
+    ]:
+        arguments = (query, views.key, views.value, table, seq_lens, pages, 8, 0.2)
+        out = reference.attend_pages(*arguments, min_context=min_context)
+        for row, tokens in enumerate(read):
+            context = cache.requests[requests[row]]
+            for head in range(6):
+                expected = oracle.attention(context, list(tokens), query[row, head].numpy(), head // 3, 0.2)
+                np.testing.assert_allclose(out[row, head].numpy(), expected, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)

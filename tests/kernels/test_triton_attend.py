@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from tests import oracle
+from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
 from tests.kernels.test_triton_score import LENGTHS, query_for, rows_of
 from vllm_quest.kernels import reference, triton
@@ -31,14 +34,16 @@ def attend(cache, query, table, seq_lens, pages, scale, **kwargs):
     )
 
 
-def expected_of(cache, query, table, seq_lens, pages, scale):
+def expected_of(cache, query, table, seq_lens, pages, scale, **kwargs):
     views, size = cache.pages, cache.layout.page_size
-    return reference.attend_pages(query, views.key, views.value, table, seq_lens, pages, size, scale)
+    return reference.attend_pages(
+        query, views.key, views.value, table, seq_lens, pages, size, scale, **kwargs
+    )
 
 
-def assert_attends(cache, *arguments) -> None:
+def assert_attends(cache, *arguments, **kwargs) -> None:
     bound = TOLERANCE[cache.layout.dtype]
-    actual, expected = attend(cache, *arguments).cpu(), expected_of(cache, *arguments)
+    actual, expected = attend(cache, *arguments, **kwargs).cpu(), expected_of(cache, *arguments, **kwargs)
     torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
 
 
@@ -85,6 +90,74 @@ def test_thousands_of_pages() -> None:
     query = query_for(cache, 1, 2)
     assert_attends(cache, query, table, seq_lens, random_pages(num_pages, 1, 2050), 0.25)
     assert_attends(cache, query, table, seq_lens, random_pages(num_pages, 1, 2000), 0.25)
+
+
+@pytest.mark.parametrize("min_context", [18, 64, 577, 578])
+@pytest.mark.parametrize(("page_size", "head_size", "group"), [(8, 64, 4), (16, 96, 1)])
+def test_short_rows_read_every_page(page_size, head_size, group, min_context) -> None:
+    """Also those that the budget does not cover; their lists are garbage."""
+    cache, table, num_pages = rows_of(LENGTHS, page_size=page_size, head_size=head_size, dtype=DTYPES[0])
+    seq_lens, pages = torch.tensor(LENGTHS, dtype=torch.int32), random_pages(num_pages, 2, 3)
+    pages[seq_lens < min_context] = 2**30
+    query = query_for(cache, 4, group)
+    assert_attends(cache, query, table, seq_lens, pages, 0.125, min_context=min_context)
+
+
+def test_without_lists_every_row_reads_every_page() -> None:
+    cache, table, _ = rows_of(LENGTHS, page_size=16, head_size=128, dtype=DTYPES[1])
+    query = query_for(cache, 4, 4)
+    assert_attends(cache, query, table, torch.tensor(LENGTHS, dtype=torch.int32), None, 0.088)
+
+
+def test_values_below_the_threshold_are_not_loaded() -> None:
+    """Every tile of tokens begins with each head's top: what is to be read does not depend on the splits."""
+    group, size, near, far = 3, 577, -5.0, -15.0
+    cache = PagedCache(
+        num_kv_heads=1, block_size=32, page_size=8, head_size=64, dtype=DTYPES[0], for_cpu=False
+    )
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.tensor([0.0, near, far, far, far, far])[
+        torch.randint(6, (size, group), generator=generator)
+    ]
+    logits[::64] = 0.0
+    key = torch.zeros(size, 1, 64)
+    key[:, 0, :group] = logits
+    request = cache.new_request()
+    cache.append(reference.store, {request: size}, key=key.to(DTYPES[0]))
+    unread = (logits == far).all(1).nonzero().flatten()
+    assert 100 < len(unread) < 400
+    table, seq_lens, num_pages = cache.rows([request])
+    cache.pages.value[table[0].long()[unread // 32], :, unread % 32] = torch.nan
+    query = torch.eye(64)[None, :group].to(DTYPES[0])
+    pages = random_pages(num_pages, 1, int(num_pages))
+    assert_attends(cache, query, table, seq_lens, pages, 1.0, value_threshold=10.0)
+    assert attend(cache, query, table, seq_lens, pages, 1.0).isnan().any()
+    assert attend(cache, query, table, seq_lens, pages, 1.0, value_threshold=16.0).isnan().any()
+
+
+@pytest.mark.parametrize("threshold", [0.1, 1.0, 4.0, 40.0])
+@pytest.mark.parametrize(("head_size", "group"), [(64, 4), (96, 1), (128, 16)])
+def test_a_threshold_costs_no_more_than_what_it_drops(head_size, group, threshold) -> None:
+    """A running maximum keeps what the final one keeps: the softmax that is lost bounds the error."""
+    cache, table, num_pages = rows_of(LENGTHS, page_size=8, head_size=head_size, dtype=DTYPES[0])
+    seq_lens, pages = torch.tensor(LENGTHS, dtype=torch.int32), random_pages(num_pages, 2, 30)
+    query = query_for(cache, 4, group)
+    arguments = (cache, query, table, seq_lens, pages, 0.2)
+    error = (attend(*arguments, value_threshold=threshold).cpu() - expected_of(*arguments)).float().abs()
+    for row, context in enumerate(cache.requests.values()):
+        for head in range(2 * group):
+            kv_head = head // group
+            tokens = oracle.tokens_of(context, [p for p in pages[row, kv_head].tolist() if p >= 0], 8)
+            queries = query[row, kv_head * group :][:group].float().numpy()
+            near = oracle.near_tokens(context, tokens, queries, kv_head, 0.2, threshold)
+            logits = oracle.logits_of(context, tokens, queries[head % group], kv_head, 0.2)
+            weights = np.exp(logits - logits.max())
+            lost = (
+                sum(w for w, token in zip(weights, tokens, strict=True) if token not in near) / weights.sum()
+            )
+            values = np.stack([context.values[token][kv_head] for token in tokens])
+            bound = lost * np.ptp(values, axis=0) + TOLERANCE[DTYPES[0]] * np.abs(values).max(0)
+            assert (error[row, head].numpy() <= bound).all()
 
 
 def test_rows_without_pages_are_zero() -> None:

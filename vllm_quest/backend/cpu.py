@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_quest.backend.base import QuestBackend, QuestImpl
 from vllm_quest.backend.layers import LayerPlan
 from vllm_quest.backend.rows import BatchRows, SparseRows, split_rows, token_indices
-from vllm_quest.config import QuestConfig
+from vllm_quest.config import QuestConfig, QuestConfigError
 from vllm_quest.kernels import cpu as kernels
 from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.metrics import CounterFile
@@ -86,6 +86,8 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = QuestConfig.from_vllm_config(vllm_config)
+        if self.config.value_threshold is not None:
+            raise QuestConfigError("value_threshold", f"{self.config.value_threshold}", "null on a CPU")
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         self.layout = PageLayout.of(kv_cache_spec, self.config, self.dtype, for_cpu=True)
         # Only these two of vLLM's CPU kernels keep K as plain [D, N]; AMX, for one, packs it.

@@ -55,12 +55,13 @@ class QuestGPUBackend(QuestBackend):
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """The query tokens of decoding requests, the first of the batch; all of them select pages.
+    """The query tokens of decoding requests, the first of the batch; all of them run the same kernels.
 
     Attributes:
         block_table: ``[R, M]`` int32.
         seq_lens: ``[R]`` int32, tokens that each row may see; 0 for the padding rows of a CUDA graph.
-        num_pages: ``[R]`` int32, pages in that context.
+        num_pages: ``[R]`` int32, pages in that context; 0 where the row reads all of them, and scoring and
+            selection have nothing to do.
     """
 
     block_table: torch.Tensor
@@ -86,8 +87,8 @@ class QuestGPUMetadata:
 class QuestGPUMetadataBuilder:
     """Prepares a step without asking the GPU for anything; mixed into vLLM's dense builder.
 
-    The batch comes with the decoding requests first. All their rows run the same kernels: a context that the
-    budget covers is read whole, at what dense attention reads plus its bounds.
+    The batch comes with the decoding requests first. All their rows run the same kernels, which know by the
+    length of a row whether it selects pages or reads all of them.
 
     Attributes:
         dense_builder: vLLM's dense builder, as a class.
@@ -113,10 +114,6 @@ class QuestGPUMetadataBuilder:
             raise QuestConfigError("kv_dtype, metadata_dtype", "not auto", "auto on a GPU")
         if self.config.token_budget is None:
             raise QuestConfigError("token_budget", "null", "a number of tokens on a GPU")
-        if self.config.min_context > self.config.token_budget:
-            raise QuestConfigError(
-                "min_context", f"{self.config.min_context}", "at most token_budget on a GPU"
-            )
         self.spec = kv_cache_spec
         self.max_query_len = max_decode_query_len(vllm_config)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # type: ignore[attr-defined]
@@ -149,6 +146,7 @@ class QuestGPUMetadataBuilder:
             budget_pages=config.budget_pages,
             page_size=config.page_size,
             group_reduce=config.group_reduce,
+            min_context=config.sparse_context,
             device=device,
         )
         for name, layer in layers.items():
@@ -209,7 +207,8 @@ class QuestGPUMetadataBuilder:
             block_table = self.row_blocks[:rows]
             seq_lens = (batch.seq_lens[request] - after).clamp(min=0).int()
         self.row_lens[:rows] = seq_lens
-        self.row_pages[:rows] = (seq_lens + self.config.page_size - 1) // self.config.page_size
+        num_pages = (seq_lens + self.config.page_size - 1) // self.config.page_size
+        self.row_pages[:rows] = num_pages.where(seq_lens >= self.config.sparse_context, 0)
         return DecodeRows(block_table, self.row_lens[:rows], self.row_pages[:rows])
 
     def _count(self, batch: CommonAttentionMetadata, request: torch.Tensor, after: torch.Tensor) -> None:
@@ -225,7 +224,7 @@ class QuestGPUMetadataBuilder:
             self.config,
             prefill_tokens=max(prefill_tokens, 0),
             decode_rows=int((lens > 0).sum()),
-            sparse_lens=lens[lens > self.config.token_budget],
+            sparse_lens=lens[lens >= self.config.sparse_context],
         )
         for reason, layers in self.plan.dense_counts.items():
             counts.add_dense_layer(self.counters, reason, layers)
@@ -316,6 +315,8 @@ class QuestGPUImpl(QuestImpl):
             page_indices,
             config.page_size,
             self.scale,
+            min_context=config.sparse_context,
+            value_threshold=config.value_threshold,
             out=output,
             workspace=workspace,
         )

@@ -67,7 +67,7 @@ def split_rows(
     if batch.is_prefilling is not None:
         decodes &= ~batch.is_prefilling
     # A padded or empty request has no rows; it stays with the dense ones, where vLLM's kernel skips it.
-    long_enough = (seq_lens > config.token_budget) & (seq_lens >= config.min_context)
+    long_enough = seq_lens >= config.sparse_context
     sparse = decodes & long_enough if batch.causal is True else torch.zeros_like(decodes)
     decode_rows = int(query_lens[decodes].sum())
     rows = _rows(batch, sparse, starts, query_lens, config, block_size) if sparse.any() else None

@@ -143,11 +143,20 @@ def attend_pages(
     value_cache: ValueCache,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    page_indices: torch.Tensor,
+    page_indices: torch.Tensor | None,
     page_size: int,
     scale: float,
+    *,
+    min_context: int = 0,
+    value_threshold: float | None = None,
 ) -> torch.Tensor:
     """Attention over the tokens of the selected pages only (section 3.3, "approximate attention").
+
+    With `value_threshold` t, a V row is read only where, for a query head of its KV head, the token's share
+    of the softmax exceeds e^-t of the largest share. The other tokens leave numerator and denominator of all
+    heads of the group. Of n selected tokens, those that leave have less than n * e^-t of a head's softmax: in
+    no channel does the output move by more than n * e^-t of the range of V there. A compiled kernel compares
+    with the largest share that it has met so far; it keeps these tokens and perhaps more, so the bound holds.
 
     Args:
         query: ``[R, Hq, D]``.
@@ -155,9 +164,12 @@ def attend_pages(
         value_cache: Likewise.
         block_table: ``[R, M]`` int32.
         seq_lens: ``[R]`` int32; the last page may be partly filled.
-        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, -1 for none.
+        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, -1 for none. None: every row
+            reads every page.
         page_size: Tokens per page.
         scale: Factor of q . k.
+        min_context: Rows of fewer tokens read every page, whatever `page_indices` holds.
+        value_threshold: t, positive; None reads every V row.
 
     Returns:
         ``[R, Hq, D]`` in the query's dtype; computed in float32.
@@ -168,6 +180,17 @@ def attend_pages(
     assert isinstance(value_cache, torch.Tensor)
     rows, num_heads, head_size = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
+    every_page = torch.arange(-(-int(seq_lens.max()) // page_size), dtype=torch.int32)
+    every_page = every_page.expand(rows, num_kv_heads, -1)
+    if page_indices is None:
+        page_indices = every_page
+    elif min_context:
+        width = max(page_indices.shape[2], every_page.shape[2])
+        chosen, every_page = (
+            torch.nn.functional.pad(pages, (0, width - pages.shape[2]), value=NO_PAGE)
+            for pages in (page_indices, every_page)
+        )
+        page_indices = every_page.where(seq_lens[:, None, None] < min_context, chosen)
     tokens = page_indices.long()[..., None] * page_size + torch.arange(page_size)
     visible = (page_indices[..., None] != NO_PAGE) & (tokens < seq_lens[:, None, None, None])
     tokens = tokens.where(visible, 0).flatten(2)  # [R, H, K * page_size]
@@ -175,8 +198,12 @@ def attend_pages(
     heads = torch.arange(num_kv_heads)[:, None]
     keys = key_cache[blocks, heads, tokens % block_size].float()  # [R, H, K * page_size, D]
     values = value_cache[blocks, heads, tokens % block_size].float()
-    visible = visible.flatten(2)[:, :, None]
-    values = values.masked_fill(~visible.movedim(2, 3), 0)
     q = query.float().view(rows, num_kv_heads, num_heads // num_kv_heads, head_size)
-    logits = (q @ keys.mT * scale).masked_fill(~visible, -torch.inf)
+    read = visible.flatten(2)[:, :, None]
+    logits = (q @ keys.mT * scale).masked_fill(~read, -torch.inf)
+    if value_threshold is not None:
+        near = logits > logits.amax(-1, keepdim=True) - value_threshold
+        read = read & near.any(2, keepdim=True)
+        logits = logits.masked_fill(~read, -torch.inf)
+    values = values.masked_fill(~read.mT, 0)
     return (torch.softmax(logits, -1) @ values).view_as(query).to(query.dtype)

@@ -2,6 +2,8 @@
 
 Each split keeps a running softmax over its tiles of gathered tokens. The last split of a (row, KV head) to
 finish merges them by their log-sum-exp, in a fixed order: the result does not depend on which one was last.
+
+Rows of short contexts read all their pages and need no list; the kernel knows them by their lengths.
 """
 
 import torch
@@ -10,12 +12,13 @@ import triton.language as tl
 
 from vllm_quest.kernels.triton.launch import check_cache, check_group, choose, dot_type, split_count
 from vllm_quest.kernels.triton.split import arrive_last, split_range
-from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch
+from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
 from vllm_quest.layout import KeyCache, ValueCache
 
 __all__ = ["attend_pages"]
 
 LOG2E = 1.4426950408889634
+EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def _merge_splits(
     return acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "min_context"])
 def _attend_kernel(
     query,
     key_cache,
@@ -55,8 +58,10 @@ def _attend_kernel(
     scratch,
     arrivals,
     scale_log2,
+    threshold_log2,
     splits,
     budget_pages,
+    min_context,
     stride_query_row,
     stride_query_head,
     stride_block,
@@ -79,7 +84,9 @@ def _attend_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens + row)
-    slots = tl.minimum(tl.cdiv(seq_len, PAGE_SIZE), budget_pages) * PAGE_SIZE
+    reads_list = seq_len >= min_context
+    pages = tl.cdiv(seq_len, PAGE_SIZE)
+    slots = tl.where(reads_list, tl.minimum(pages, budget_pages), pages) * PAGE_SIZE
     first, end, active = split_range(slots, TILE, split, splits)
     head = tl.arange(0, 16)[:, None]
     channel = tl.arange(0, HEAD_PAD)[None, :]
@@ -99,9 +106,11 @@ def _attend_kernel(
     page_indices += row * stride_pages_row + kv_head * stride_pages_head
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
+    listed = tl.where(reads_list, end, 0)
     for start in tl.range(first, end, TILE):
         slot = start + tl.arange(0, TILE)
-        page = tl.load(page_indices + slot // PAGE_SIZE, mask=slot < end, other=-1)
+        page = tl.load(page_indices + slot // PAGE_SIZE, mask=slot < listed, other=-1)
+        page = tl.where(reads_list, page, slot // PAGE_SIZE)
         token = page * PAGE_SIZE + slot % PAGE_SIZE
         visible = (page >= 0) & (token < seq_len)
         block = tl.load(block_table + token // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
@@ -114,6 +123,11 @@ def _attend_kernel(
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(logits - base[:, None])
         rescale = tl.exp2(peak - base)
+        if threshold_log2 is not None:
+            near = (logits > new_peak[:, None] - threshold_log2) & (head < GROUP)
+            read = tl.max(near.to(tl.int32), 0) > 0
+            weights = tl.where(read[None, :], weights, 0.0)
+            loaded = loaded & read[:, None]
         norm = norm * rescale + tl.sum(weights, 1)
         value = tl.load(value_cache + offset, mask=loaded, other=0.0).to(DOT)
         acc = tl.dot(weights.to(DOT), value, acc * rescale[:, None], input_precision="ieee")
@@ -143,10 +157,12 @@ def attend_pages(
     value_cache: ValueCache,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    page_indices: torch.Tensor,
+    page_indices: torch.Tensor | None,
     page_size: int,
     scale: float,
     *,
+    min_context: int = 0,
+    value_threshold: float | None = None,
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> torch.Tensor:
@@ -156,11 +172,15 @@ def attend_pages(
         query: ``[R, Hq, D]``, contiguous in D; Hq / H at most 16.
         key_cache: ``[B, H, N, D]``, contiguous in D.
         value_cache: ``[B, H, N, D]``, with the strides of `key_cache`.
-        block_table: ``[R, M]`` int32; only entries of selected pages are read.
+        block_table: ``[R, M]`` int32; only entries of pages to read are read.
         seq_lens: ``[R]`` int32; the last page may be partly filled. 0 for the padding rows of a CUDA graph.
-        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, then -1.
+        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, then -1. None: every row
+            reads every page.
         page_size: Tokens per page, a power of two.
         scale: Factor of q . k.
+        min_context: Rows of fewer tokens read every page, whatever `page_indices` holds.
+        value_threshold: V rows are not loaded where no query head of the group has e^-value_threshold of the
+            largest probability that its split has met so far; None loads every V row.
         out: ``[R, Hq, D]``, written.
         workspace: Holds at least `attend_scratch` elements.
 
@@ -174,8 +194,11 @@ def attend_pages(
     assert isinstance(value_cache, torch.Tensor)
     rows, num_heads, head_size = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
-    group, budget_pages = check_group(num_heads, num_kv_heads), page_indices.shape[2]
+    group = check_group(num_heads, num_kv_heads)
     check_cache(key_cache, value_cache, page_size)
+    if page_indices is None:  # its place is taken by what is not read
+        page_indices, min_context = block_table[:, None], EVERY_ROW
+    budget_pages = page_indices.shape[2]
     if query.stride(2) != 1 or block_table.stride(1) != 1 or page_indices.stride(2) != 1:
         raise ValueError("query, block_table, page_indices: the last dimension must be contiguous")
     if out is None:
@@ -185,8 +208,10 @@ def attend_pages(
 
     choice = choose("attend", head_size, query.device)
     pairs = rows * num_kv_heads
-    splits = split_count("attend", pairs, triton.cdiv(budget_pages * page_size, choice.tile), query.device)
-    needed = attend_scratch(pairs, group, head_size, budget_pages * page_size, query.device)
+    max_pages = block_table.shape[1] * (block_size // page_size)
+    most_tokens = longest_read(max_pages, budget_pages, page_size, min_context)
+    splits = split_count("attend", pairs, triton.cdiv(most_tokens, choice.tile), query.device)
+    needed = attend_scratch(pairs, group, head_size, most_tokens, query.device)
     if workspace is None:
         workspace = Workspace.allocate(needed, pairs, query.device)
     workspace.check(needed, pairs)
@@ -201,8 +226,10 @@ def attend_pages(
         workspace.scratch,
         workspace.arrivals,
         scale * LOG2E,
+        None if value_threshold is None else value_threshold * LOG2E,
         splits,
         budget_pages,
+        min_context,
         query.stride(0),
         query.stride(1),
         key_cache.stride(0),

@@ -7,7 +7,7 @@ import triton
 
 from vllm_quest.kernels.triton.launch import CHUNK, choose, split_total
 
-__all__ = ["Workspace", "attend_scratch", "score_scratch", "select_scratch"]
+__all__ = ["Workspace", "attend_scratch", "longest_read", "score_scratch", "select_scratch"]
 
 
 def score_scratch(pairs: int, group: int, max_pages: int, head_size: int, device: torch.device) -> int:
@@ -22,9 +22,14 @@ def select_scratch(pairs: int, max_pages: int, budget_pages: int) -> int:
     return 0 if chunks == 1 else pairs * 2 * chunks * min(budget_pages, CHUNK)
 
 
-def attend_scratch(pairs: int, group: int, head_size: int, budget_tokens: int, device: torch.device) -> int:
-    """Elements for `pairs` (row, KV head) pairs that read `budget_tokens` each: outputs and log-sum-exps."""
-    tiles = triton.cdiv(budget_tokens, choose("attend", head_size, device).tile)
+def longest_read(max_pages: int, budget_pages: int, page_size: int, min_context: int) -> int:
+    """Tokens that one row of `attend_pages` reads at most, by its arguments."""
+    return min(max_pages * page_size, max(budget_pages * page_size, min_context - 1))
+
+
+def attend_scratch(pairs: int, group: int, head_size: int, most_tokens: int, device: torch.device) -> int:
+    """Elements for `pairs` (row, KV head) pairs that read up to `most_tokens`: outputs and log-sum-exps."""
+    tiles = triton.cdiv(most_tokens, choose("attend", head_size, device).tile)
     return split_total("attend", pairs, tiles, device) * group * (head_size + 1)
 
 
@@ -63,6 +68,7 @@ class Workspace:
         budget_pages: int,
         page_size: int,
         group_reduce: str,
+        min_context: int = 0,
         device: torch.device,
     ) -> "Workspace":
         """What score, select and attend of up to `max_rows` rows need.
@@ -76,12 +82,14 @@ class Workspace:
             budget_pages: Pages read per (row, KV head), K.
             page_size: Tokens per page.
             group_reduce: As for `score_pages`; only ``softmax_mean`` needs memory.
+            min_context: As for `attend_pages`.
             device: The GPU.
         """
         pairs, group = max_rows * num_kv_heads, num_heads // num_kv_heads
+        most_tokens = longest_read(max_pages, budget_pages, page_size, min_context)
         elements = [
             select_scratch(pairs, max_pages, budget_pages),
-            attend_scratch(pairs, group, head_size, budget_pages * page_size, device),
+            attend_scratch(pairs, group, head_size, most_tokens, device),
         ]
         if group_reduce == "softmax_mean":
             elements.append(score_scratch(pairs, group, max_pages, head_size, device))
