@@ -6,11 +6,20 @@ finish merges them by their log-sum-exp, in a fixed order: the result does not d
 Rows of short contexts read all their pages and need no list; the kernel knows them by their lengths.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.kernels.triton.launch import check_cache, check_group, choose, dot_type, split_count
+from vllm_quest.kernels.triton.launch import (
+    SPLIT_TOKENS,
+    check_cache,
+    check_group,
+    choose,
+    dot_type,
+    split_count,
+)
 from vllm_quest.kernels.triton.split import arrive_last, split_range
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
 from vllm_quest.layout import KeyCache, ValueCache
@@ -58,7 +67,7 @@ def _attend_kernel(
     scratch,
     arrivals,
     scale_log2,
-    threshold_log2,
+    least_weight,
     splits,
     budget_pages,
     min_context,
@@ -123,9 +132,8 @@ def _attend_kernel(
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(logits - base[:, None])
         rescale = tl.exp2(peak - base)
-        if threshold_log2 is not None:
-            near = (logits > new_peak[:, None] - threshold_log2) & (head < GROUP)
-            read = tl.max(near.to(tl.int32), 0) > 0
+        if least_weight is not None:
+            read = tl.max(tl.where(head < GROUP, weights, 0.0), 0) > least_weight
             weights = tl.where(read[None, :], weights, 0.0)
             loaded = loaded & read[:, None]
         norm = norm * rescale + tl.sum(weights, 1)
@@ -206,11 +214,11 @@ def attend_pages(
     if out.shape != query.shape or out.stride(2) != 1:
         raise ValueError(f"out: {tuple(out.shape)}; needed: {tuple(query.shape)}, contiguous in D")
 
-    choice = choose("attend", head_size, query.device)
+    choice = choose("attend" if value_threshold is None else "attend_near", head_size, query.device)
     pairs = rows * num_kv_heads
     max_pages = block_table.shape[1] * (block_size // page_size)
     most_tokens = longest_read(max_pages, budget_pages, page_size, min_context)
-    splits = split_count("attend", pairs, triton.cdiv(most_tokens, choice.tile), query.device)
+    splits = split_count("attend", pairs, triton.cdiv(most_tokens, SPLIT_TOKENS), query.device)
     needed = attend_scratch(pairs, group, head_size, most_tokens, query.device)
     if workspace is None:
         workspace = Workspace.allocate(needed, pairs, query.device)
@@ -226,7 +234,7 @@ def attend_pages(
         workspace.scratch,
         workspace.arrivals,
         scale * LOG2E,
-        None if value_threshold is None else value_threshold * LOG2E,
+        None if value_threshold is None else math.exp(-value_threshold),
         splits,
         budget_pages,
         min_context,

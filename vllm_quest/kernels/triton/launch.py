@@ -13,6 +13,7 @@ import triton.language as tl
 __all__ = [
     "CHUNK",
     "GROUP_PAD",
+    "SPLIT_TOKENS",
     "Choice",
     "check_cache",
     "check_group",
@@ -26,6 +27,8 @@ __all__ = [
 # into at least this many splits, where it has as many tiles.
 MIN_SPLITS = 4
 PROGRAMS_PER_MULTIPROCESSOR = 4
+# A split of attention has at least this many tokens, whatever the tile: the scratch memory follows from it.
+SPLIT_TOKENS = 64
 # One program merges what the splits of a row found: the outputs of all splits, but only the sums of scores.
 _MAX_SPLITS = {"score": 256, "attend": 32}
 
@@ -55,6 +58,11 @@ _CHOICES = {
     ("attend", "hopper"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
     ("attend", "blackwell"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
     ("attend", "cdna"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
+    # V is loaded when the tile's logits are known, into registers.
+    ("attend_near", "ampere"): {64: Choice(32, 4, 3), 128: Choice(32, 4, 3), 256: Choice(32, 4, 2)},
+    ("attend_near", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
+    ("attend_near", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
+    ("attend_near", "cdna"): {64: Choice(32, 4, 1), 128: Choice(32, 4, 1), 256: Choice(32, 4, 1)},
 }
 
 
@@ -78,7 +86,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def choose(kernel: str, head_size: int, device: torch.device) -> Choice:
-    """The launch configuration of `kernel`, ``score`` or ``attend``.
+    """The launch configuration of `kernel`: ``score``, ``attend``, or ``attend_near`` with a threshold.
 
     Raises:
         ValueError: No configuration for this head size.
@@ -110,7 +118,7 @@ def split_count(kernel: str, pairs: int, tiles: int, device: torch.device) -> in
     Args:
         kernel: ``score`` or ``attend``.
         pairs: Rows times KV heads.
-        tiles: Tiles of the longest context that the shapes allow.
+        tiles: Least shares of the longest context that the shapes allow.
         device: Where the kernel runs.
     """
     filling = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // pairs)

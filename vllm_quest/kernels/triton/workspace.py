@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from vllm_quest.kernels.triton.launch import CHUNK, choose, split_total
+from vllm_quest.kernels.triton.launch import CHUNK, SPLIT_TOKENS, choose, split_total
 
 __all__ = ["Workspace", "attend_scratch", "longest_read", "score_scratch", "select_scratch"]
 
@@ -29,8 +29,9 @@ def longest_read(max_pages: int, budget_pages: int, page_size: int, min_context:
 
 def attend_scratch(pairs: int, group: int, head_size: int, most_tokens: int, device: torch.device) -> int:
     """Elements for `pairs` (row, KV head) pairs that read up to `most_tokens`: outputs and log-sum-exps."""
-    tiles = triton.cdiv(most_tokens, choose("attend", head_size, device).tile)
-    return split_total("attend", pairs, tiles, device) * group * (head_size + 1)
+    return (
+        split_total("attend", pairs, triton.cdiv(most_tokens, SPLIT_TOKENS), device) * group * (head_size + 1)
+    )
 
 
 @dataclass(frozen=True)
