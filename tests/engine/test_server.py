@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
+
+from benchmarks.server import Server, running_server
 
 pytestmark = pytest.mark.engine
 
@@ -29,52 +25,25 @@ def log_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model, log_file):
-    """The server's base address; the process, for the shutdown test."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if "MULTIPROCESSING" not in name}
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", model, "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
+def server(model, log_file) -> Iterator[Server]:
+    arguments = [
+        *("--model", model, "--served-model-name", NAME),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"),
-        # Without time for it vLLM kills its engine at shutdown, and may log that the engine died.
-        *("--kv-cache-memory-bytes", str(1 << 29), "--shutdown-timeout", "30"),
+        *("--kv-cache-memory-bytes", str(1 << 29)),
         *("--attention-backend", "QUEST"),
         *("--additional-config", json.dumps({"quest": QUEST})),
     ]
-    with log_file.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_healthy(address, process, log_file)
-        yield address, process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
-
-
-def wait_until_healthy(address: str, process: subprocess.Popen, log_file: Path) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5)
-            return
-        except OSError:
-            time.sleep(1)
-    pytest.fail(f"the server did not come up:\n{log_file.read_text()[-3000:]}")
+    with running_server(arguments, log_file) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def client(server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=120, max_retries=0)
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=120, max_retries=0)
 
 
-def counter(address: str, name: str) -> float:
-    text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
-    return sum(float(value) for value in re.findall(rf"^vllm_quest:{name}\S* (\S+)$", text, re.MULTILINE))
+def counter(server: Server, name: str) -> float:
+    return server.metric(f"vllm_quest:{name}")
 
 
 def test_the_start_up_line_says_what_is_sparse(server, log_file) -> None:
@@ -85,13 +54,12 @@ def test_the_start_up_line_says_what_is_sparse(server, log_file) -> None:
 
 
 def test_long_context_is_decoded_sparsely_and_counted(server, client, prose) -> None:
-    address, _ = server
-    rows, pages = counter(address, 'decode_rows_total{mode="sparse"'), counter(address, "pages_read_total")
+    rows, pages = counter(server, 'decode_rows_total{mode="sparse"'), counter(server, "pages_read_total")
     answer = client.completions.create(model=NAME, prompt=prose[:900], max_tokens=9, temperature=0)
     assert answer.usage.completion_tokens == 9
-    assert counter(address, 'decode_rows_total{mode="sparse"') - rows == 8 * 30
-    assert counter(address, "pages_read_total") - pages == 8 * 30 * 3 * 16
-    assert "vllm:generation_tokens_total" in urllib.request.urlopen(f"{address}/metrics").read().decode()
+    assert counter(server, 'decode_rows_total{mode="sparse"') - rows == 8 * 30
+    assert counter(server, "pages_read_total") - pages == 8 * 30 * 3 * 16
+    assert server.metric("vllm:generation_tokens_total") >= 9
 
 
 def test_streaming_equals_not_streaming(client, prose) -> None:
@@ -108,7 +76,8 @@ def test_eight_at_once_answer_as_alone(server, client, prose) -> None:
     ]
 
     async def ask_all() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=240) as parallel:
+        base_url = f"{server.address}/v1"
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", timeout=240) as parallel:
             requests = [
                 parallel.completions.create(model=NAME, prompt=prompt, max_tokens=12, temperature=0)
                 for prompt in prompts
@@ -148,9 +117,8 @@ def test_shutdown_is_clean(server, log_file) -> None:
 
     vLLM's API server may log that its engine is gone (EngineDeadError): it races with its own shutdown.
     """
-    _, process = server
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (0, -signal.SIGTERM)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) in (0, -signal.SIGTERM)
     log = log_file.read_text()
     assert "all workers exited gracefully" in log
     assert "Application shutdown complete" in log
