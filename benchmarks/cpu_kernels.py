@@ -38,8 +38,10 @@ DENSE_BLOCK_SIZES = (32, 128)  # the smallest that the kernel takes, and the pla
 PARTS = ("store", "score", "select", "attend")
 
 
-def random_cache(num_blocks: int, block_size: int, content: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(num_blocks, KV_HEADS, block_size, content, dtype=dtype).uniform_(-1, 1)
+def random_cache(
+    num_blocks: int, kv_heads: int, block_size: int, content: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.empty(num_blocks, kv_heads, block_size, content, dtype=dtype).uniform_(-1, 1)
 
 
 class Requests:
@@ -61,19 +63,19 @@ class Requests:
 class Dense:
     """vLLM's kernel over the whole context."""
 
-    def __init__(self, block_size: int, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, block_size: int, tokens: int, dtype: torch.dtype, kv_heads: int = KV_HEADS) -> None:
         self.name = f"dense, {block_size}-token blocks"
-        self.block_size, self.tokens, self.dtype = block_size, tokens, dtype
-        cache = random_cache(tokens // block_size, block_size, 2 * HEAD_SIZE, dtype)
-        self.caches = cache.view(len(cache), KV_HEADS, 2 * block_size, HEAD_SIZE).chunk(2, dim=2)
+        self.block_size, self.tokens, self.dtype, self.kv_heads = block_size, tokens, dtype, kv_heads
+        cache = random_cache(tokens // block_size, kv_heads, block_size, 2 * HEAD_SIZE, dtype)
+        self.caches = cache.view(len(cache), kv_heads, 2 * block_size, HEAD_SIZE).chunk(2, dim=2)
 
     def prepare(self, context: int) -> None:
         self.requests = Requests(context, self.tokens, self.block_size)
         self.starts = torch.tensor([0, 1], dtype=torch.int32)
         self.metadata = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=1,
-            num_heads=KV_HEADS * GROUP,
-            num_kv_heads=KV_HEADS,
+            num_heads=self.kv_heads * GROUP,
+            num_kv_heads=self.kv_heads,
             head_dim=HEAD_SIZE,
             seq_lens=self.requests.seq_lens,
             dtype=self.dtype,
@@ -99,15 +101,18 @@ class Dense:
 class Quest:
     """The four operations."""
 
-    def __init__(self, block_size: int, page_size: int, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, block_size: int, page_size: int, tokens: int, dtype: torch.dtype, kv_heads: int = KV_HEADS
+    ) -> None:
         self.name = f"QUEST, {page_size}-token pages"
-        self.block_size, self.page_size, self.tokens = block_size, page_size, tokens
+        self.block_size, self.page_size, self.tokens, self.kv_heads = block_size, page_size, tokens, kv_heads
         layout = PageLayout(block_size, page_size, HEAD_SIZE, for_cpu=True, dtype=dtype)
-        self.views = layout.views(random_cache(tokens // block_size, block_size, layout.content_size, dtype))
+        cache = random_cache(tokens // block_size, kv_heads, block_size, layout.content_size, dtype)
+        self.views = layout.views(cache)
         bounds = self.views.bounds.values
         bounds.copy_(bounds.sort(dim=3).values)
         start = time.perf_counter()
-        cpu.warm_up(HEAD_SIZE, KV_HEADS * GROUP, KV_HEADS, page_size, block_size, dtype, "max")
+        cpu.warm_up(HEAD_SIZE, kv_heads * GROUP, kv_heads, page_size, block_size, dtype, "max")
         self.compile_seconds = time.perf_counter() - start
 
     def prepare(self, context: int) -> None:
@@ -136,9 +141,10 @@ def measure(contenders: list, context: int, repeats: int, dtype: torch.dtype) ->
     seconds: dict[str, list] = {contender.name: [] for contender in contenders}
     for contender in contenders:
         contender.prepare(context)
+    kv_heads = contenders[0].kv_heads
     for repeat in range(-2, repeats):
-        query = torch.randn(1, KV_HEADS * GROUP, HEAD_SIZE).to(dtype)
-        key, value = torch.randn(2, 1, KV_HEADS, HEAD_SIZE).to(dtype)
+        query = torch.randn(1, kv_heads * GROUP, HEAD_SIZE).to(dtype)
+        key, value = torch.randn(2, 1, kv_heads, HEAD_SIZE).to(dtype)
         for contender in contenders:
             parts = contender.step(repeat, query, key, value)
             if repeat >= 0:

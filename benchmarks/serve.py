@@ -5,8 +5,8 @@
 
 Both servers stand on loopback; while one is under ``vllm bench serve``, the other waits. A prompt that
 arrives while others decode is prefilled in chunks beside them: the counters at /metrics show that those
-decode rows stay sparse, and the table says how many must be. Requests and time are bounded; both servers end
-with the run. (A share of the memory's limit is quoted by `benchmarks.throughput`: here steps mix all lengths.)
+decode rows stay sparse, and the table says how many must be. Requests and time are bounded, and both servers
+end with the run. `benchmarks.throughput` has the shares of the memory's limit: here steps mix all lengths.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _round(
         lens = measured["input_lens"], measured["output_lens"]
         figures["input_lens"], figures["output_lens"] = lens
         if config:
-            figures["sparse_rows_expected"] = sparse_rows(*lens, config.token_budget, config.min_context)
+            figures["sparse_rows_expected"] = sparse_rows(*lens, config)
         sides["quest" if config else "dense"] = figures
     return sides
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from vllm_quest.config import QuestConfig
+
 CHARS_PER_TOKEN = 4  # of English prose, roughly; the tokens that were sent are counted, not this
 CHAT = "In one paragraph: what is the Python topic '{}' about, and what would a beginner get wrong about it?"
 
@@ -80,13 +82,15 @@ def send(address: str, model: str, prompts: Path, load: Load, seed: int, limit_s
         return asyncio.run(asyncio.wait_for(main_async(arguments), limit_s))
 
 
-def sparse_rows(input_lens: list[int], output_lens: list[int], token_budget: int, min_context: int) -> int:
+def sparse_rows(input_lens: list[int], output_lens: list[int], config: QuestConfig) -> int:
     """Decode rows per sparse layer whose context exceeds the budget: what the counter must grow by.
 
     The first token of an answer comes from prefill; row i of the others sees the prompt and i tokens.
     """
+    if config.token_budget is None:
+        return 0
     return sum(
-        context > token_budget and context >= min_context
+        context > config.token_budget and context >= config.min_context
         for prompt, output in zip(input_lens, output_lens, strict=True)
         for context in range(prompt + 1, prompt + output)
     )

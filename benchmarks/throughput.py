@@ -77,7 +77,7 @@ def _missing(contender: Contender, results: ResultsFile, arguments: argparse.Nam
     if results.find(contender=contender.name, kind="skipped", context=0, batch=0):
         return []
     cells = [("cell", context, batch) for context in arguments.contexts for batch in arguments.batches]
-    if arguments.break_even and contender.quest:
+    if arguments.break_even and contender.quest and contender.quest.token_budget:
         cells += [("break-even", 0, batch) for batch in arguments.batches]
     return [
         cell

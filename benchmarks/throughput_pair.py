@@ -72,6 +72,7 @@ class Pair:
         """
         quest = self.sides[1][0].quest
         assert quest is not None
+        assert quest.token_budget is not None
         step = self.config.cache_config.block_size
         longest = longest // step * step
         probes: dict[int, float] = {}
@@ -150,7 +151,7 @@ class Pair:
             geometry,
             batch,
             context,
-            token_budget=quest.token_budget if quest else context,
+            token_budget=(quest and quest.token_budget) or context,
             page_size=quest.page_size if quest else 16,
             block_size=engine.run.block_size,
             element_size=model.dtype.itemsize,

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.contenders import dense, quest
 from benchmarks.serve import COUNTERS, FIGURES, report
 from benchmarks.serve_load import CHARS_PER_TOKEN, Load, sparse_rows, write_prompts
+from vllm_quest.config import QuestConfig
 
 LOAD = Load(12, 0.25, 1000, 8, rate=1.0, goodput=("ttft:1000",))
 
@@ -40,13 +41,18 @@ def test_both_sides_get_the_same_and_every_round_something_else(tmp_path) -> Non
     assert len(beginnings) == 24
 
 
-@pytest.mark.parametrize("min_context", [0, 105])
+@pytest.mark.parametrize("min_context", [0, 98, 150])
 def test_rows_beyond_the_budget(min_context) -> None:
     """Counted one by one: the first answer token is prefill's, row i sees prompt and i tokens."""
-    lens = ([98, 10, 200], [6, 3, 2])
-    contexts = [99, 100, 101, 102, 103, 11, 12, 201]
-    expected = [c for c in contexts if c > 100 and c >= min_context]
-    assert sparse_rows(*lens, token_budget=100, min_context=min_context) == len(expected)
+    lens = ([94, 10, 200], [6, 3, 2])
+    contexts = [95, 96, 97, 98, 99, 11, 12, 201]
+    expected = [context for context in contexts if context > 96 and context >= min_context]
+    config = QuestConfig(token_budget=96, min_context=min_context)
+    assert sparse_rows(*lens, config) == len(expected)
+
+
+def test_without_a_budget_no_row_is_sparse() -> None:
+    assert sparse_rows([1000], [10], QuestConfig(token_budget=None)) == 0
 
 
 def test_the_report_divides_dense_by_quest_and_shows_the_counters() -> None:

@@ -1,0 +1,63 @@
+"""Pictures of results (extra ``plot``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+matplotlib.use("Agg")
+
+COLOURS = {"store": "#9e9e9e", "score": "#d95f02", "select": "#7570b3", "attend": "#1b9e77"}
+
+
+def plot_context_cost(rows: list[dict[str, Any]], path: Path) -> None:
+    """Left: dense and QUEST by page size over the context. Right: the parts of a step of 16-token pages."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    page_sizes = sorted({row["page_size"] for row in rows})
+    shown = 16 if 16 in page_sizes else page_sizes[0]
+    for page_size in page_sizes:
+        mine = _of(rows, page_size)
+        contexts = [row["context"] for row in mine]
+        if page_size == shown:
+            left.plot(contexts, [row["dense_ms"] for row in mine], "k-o", markersize=3, label="dense (vLLM)")
+            limit = [row["quest_limit_ms"] for row in mine]
+            left.plot(contexts, limit, "k:", linewidth=1, label=f"QUEST's limit, page {shown}")
+        left.plot(
+            contexts, [row["quest_ms"] for row in mine], "-o", markersize=3, label=f"QUEST, page {page_size}"
+        )
+    left.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms per step and layer")
+    left.set_title("One decode step")
+    left.legend(fontsize=8)
+    mine = _of(rows, shown)
+    right.stackplot(
+        [row["context"] for row in mine],
+        *([row["parts_ms"][part] / sum(row["parts_ms"].values()) for row in mine] for part in COLOURS),
+        labels=list(COLOURS),
+        colors=list(COLOURS.values()),
+    )
+    right.set(xscale="log", ylim=(0, 1), xlabel="context, tokens", ylabel="share of QUEST's step")
+    right.set_title(f"Where the time goes, {shown}-token pages")
+    right.legend(fontsize=8, loc="lower left")
+    ticks = [row["context"] for row in mine[::2]]
+    for axes in (left, right):
+        axes.set_xlim(mine[0]["context"], mine[-1]["context"])
+        axes.set_xticks(ticks, [_short(context) for context in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _short(tokens: int) -> str:
+    """1024 as 1k, 1048576 as 1M."""
+    for unit, size in (("M", 2**20), ("k", 2**10)):
+        if tokens >= size:
+            return f"{tokens / size:g}{unit}"
+    return str(tokens)
+
+
+def _of(rows: list[dict[str, Any]], page_size: int) -> list[dict[str, Any]]:
+    return sorted((row for row in rows if row["page_size"] == page_size), key=lambda row: row["context"])
