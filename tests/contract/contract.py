@@ -8,10 +8,11 @@ differs between supported versions belongs into ``vllm_quest/compat.py``.
 from __future__ import annotations
 
 from tests.contract.backend import BACKEND
+from tests.contract.batch import BATCH
 from tests.contract.cpu import CPU
 from tests.contract.gpu import GPU
 from tests.contract.planned import PLANNED
 from tests.contract.reliance import Contract
 from tests.contract.startup import STARTUP
 
-CONTRACT: Contract = {**STARTUP, **BACKEND, **CPU, **GPU, **PLANNED}
+CONTRACT: Contract = {**STARTUP, **BACKEND, **CPU, **GPU, **BATCH, **PLANNED}

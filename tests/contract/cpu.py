@@ -21,6 +21,11 @@ CPU: Contract = {
         ),
         On(
             "vllm.platforms.cpu.CpuPlatform",
+            "where the Ray executor places workers, and how it knows their device; tests only",
+            attributes=("ray_device_key", "device_control_env_var"),
+        ),
+        On(
+            "vllm.platforms.cpu.CpuPlatform",
             "the methods that we add to",
             bases=("Platform",),
             called=(

@@ -5,6 +5,7 @@ vLLM's `CpuPlatform` ignores ``attention_backend``; everything else stays as vLL
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -24,11 +25,19 @@ if TYPE_CHECKING:
 else:
     CpuPlatform = resolve_obj_by_qualname(cpu_platform_plugin())
 
+# A switch for tests: vLLM's Ray executor does not know CPUs. With it a CPU worker is placed as if it needed
+# a GPU, on a cluster whose GPUs are logical.
+RAY_EXECUTOR_VARIABLE = "QUEST_TEST_RAY_EXECUTOR_ON_CPU"
+
 logger = init_logger("vllm.plugins.quest")
 
 
 class QuestCpuPlatform(CpuPlatform):
     """vLLM's CPU platform; honours ``attention_backend="QUEST"``."""
+
+    if os.environ.get(RAY_EXECUTOR_VARIABLE) == "1":
+        ray_device_key = "GPU"
+        device_control_env_var = "QUEST_TEST_VISIBLE_DEVICES"
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

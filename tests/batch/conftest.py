@@ -1,0 +1,41 @@
+"""Batches on a real Ray cluster with a real model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+
+from benchmarks.model import prepare_model
+
+# Before Ray is imported: its processes then listen on loopback only, and report nothing.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+HAS_RAY = find_spec("ray") is not None
+collect_ignore_glob = [] if HAS_RAY else ["test_*.py"]
+
+
+def pytest_report_header() -> str:
+    return "" if HAS_RAY else "tests/batch is left out: Ray is not installed (make install-ray)"
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    return str(prepare_model())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster with 6 CPUs and 2 GPUs, which are logical: vLLM's Ray executor wants them."""
+    import ray
+
+    from vllm_quest.backend.cpu_platform import RAY_EXECUTOR_VARIABLE
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+        patch.setenv(RAY_EXECUTOR_VARIABLE, "1")
+        ray.init(address="local", num_cpus=6, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
