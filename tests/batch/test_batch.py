@@ -56,48 +56,51 @@ def check_records(output: Path) -> dict[str, dict]:
     return by_id
 
 
-def test_a_killed_worker_is_replaced_and_its_rows_are_done_again(folder, model) -> None:
-    output, log = folder / "out", folder / "log"
-    driver = start(command(folder / "rows.jsonl", output, model, "--replicas", "2"), log)
-    seen = set()
-    wait_for(lambda: records(output) and len(engines(driver)) == 2, driver, log)
-    seen |= engines(driver)
-    everything = processes(driver)
-    os.kill(min(seen), signal.SIGKILL)
-    assert len(records(output)) < rows_200.ROWS / 2 + len(rows_200.BAD)
-    wait_for(lambda: engines(driver) - seen, driver, log)
-    everything += processes(driver)
-    finish(driver, log)
-    check_records(output)
-    summary = json.loads((output / "summary.json").read_text())
-    (counters,) = summary["nodes"].values()
-    assert counters["decode_rows_sparse"] > 0
-    assert 0 < summary["sparse_share"] <= 1
-    assert_gone(everything)
+def finished(output: Path) -> set[str]:
+    """Names of the output files that Ray has noted as finished."""
+    notes = output.with_name(f"{output.name}.checkpoint")
+    return {path.stem for path in notes.glob("*.parquet") if "pending" not in path.name}
 
 
-def test_the_same_command_goes_on_where_a_killed_driver_stopped(folder, model) -> None:
+def contents(output: Path) -> dict[str, bytes]:
+    """The output files by name."""
+    return {path.stem: path.read_bytes() for path in output.glob("*.jsonl")}
+
+
+def test_every_row_has_one_record_whatever_is_killed(folder, model) -> None:
+    """Two engines. First the driver is killed; the same command goes on; then one of its engines is killed."""
     output, log = folder / "out", folder / "log"
     arguments = command(folder / "rows.jsonl", output, model, "--replicas", "2")
+
     driver = start(arguments, log)
-    notes = folder / "out.checkpoint"
-    wait_for(lambda: len([path for path in notes.glob("*") if "pending" not in path.name]) > 2, driver, log)
+    wait_for(lambda: len(finished(output)) > 2, driver, log)
     everything = processes(driver)
     driver.kill()
     driver.wait()
     assert_gone(everything, but=RAY_AGENTS)
-    finished = {path.stem for path in notes.glob("*") if "pending" not in path.name}
-    before = {path: path.read_bytes() for path in output.glob("*.jsonl") if path.stem in finished}
+    before = {name: text for name, text in contents(output).items() if name in finished(output)}
     done = sum(text.count(b"\n") for text in before.values())
-    assert 0 < done < rows_200.ROWS
+    assert 0 < done < rows_200.ROWS / 2
 
-    finish(start(arguments, log), log)
+    driver = start(arguments, log)
+    wait_for(lambda: len(finished(output)) > len(before) + 2 and len(engines(driver)) == 2, driver, log)
+    seen = engines(driver)
+    everything += processes(driver)
+    os.kill(min(seen), signal.SIGKILL)
+    assert len(records(output)) < rows_200.ROWS
+    wait_for(lambda: engines(driver) - seen, driver, log)  # the replacement
+    everything += processes(driver)
+    finish(driver, log)
     check_records(output)
+    after = contents(output)
+    assert {name: after[name] for name in before} == before  # not done again
+
     summary = json.loads((output / "summary.json").read_text())
     assert summary["resumed_rows"] == done
-    assert {path: path.read_bytes() for path in before} == before
+    (counters,) = summary["nodes"].values()
+    assert counters["decode_rows_sparse"] > 0
+    assert 0 < summary["sparse_share"] <= 1
 
-    files = {path: path.read_bytes() for path in output.glob("*.jsonl")}
     finish(start(arguments, log), log, seconds=60)  # nothing is left to do: no engine starts
-    assert {path: path.read_bytes() for path in output.glob("*.jsonl")} == files
+    assert contents(output) == after
     assert_gone(everything)

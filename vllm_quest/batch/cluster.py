@@ -120,9 +120,8 @@ def check_nodes(model: str, bundle: dict[str, float]) -> None:
     Raises:
         ClusterError: Names the node, and what it lacks.
     """
-    local = model if os.path.isabs(model) or os.path.exists(model) else None
     nodes = [node for node in _alive_nodes() if _fits(node["Resources"], bundle)]
-    for node, problem in _on_each(_prepare_node, nodes, local and os.path.abspath(local)):
+    for node, problem in _on_each(_prepare_node, nodes, model if os.path.isabs(model) else None):
         if problem:
             raise ClusterError(f"node {node}: {problem}")
 

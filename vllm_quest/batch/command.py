@@ -74,7 +74,10 @@ def _batch(options: argparse.Namespace) -> Batch:
     from vllm_quest.batch import rows
     from vllm_quest.batch.pipeline import Batch
 
-    QuestConfig.from_dict(options.quest)
+    try:
+        QuestConfig.from_dict(options.quest)
+    except ValueError as error:
+        raise ValueError(f"--quest: {error}") from None
     try:
         sampling = rows.sampling_fields(options.sampling)
         rows.sampling_params(sampling)
@@ -84,9 +87,9 @@ def _batch(options: argparse.Namespace) -> Batch:
     if options.kv_cache_dtype:
         engine["kv_cache_dtype"] = options.kv_cache_dtype
     return Batch(
-        input=options.input,
-        output=options.output.rstrip("/"),
-        model=options.model,
+        input=_everywhere(options.input),
+        output=_everywhere(options.output).rstrip("/"),
+        model=_everywhere(options.model) if os.path.exists(options.model) else options.model,
         model_name=options.served_model_name or options.model,
         replicas=options.replicas,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -97,6 +100,11 @@ def _batch(options: argparse.Namespace) -> Batch:
         file_format=options.format,
         cpus_per_worker=options.cpus_per_worker,
     )
+
+
+def _everywhere(path: str) -> str:
+    """The path as a worker understands it, whose folder is another."""
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _parser() -> argparse.ArgumentParser:

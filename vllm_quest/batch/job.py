@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
-
 from vllm_quest.batch import cluster, pipeline
 from vllm_quest.batch.pipeline import Batch
 from vllm_quest.batch.progress import Tally, progress_bar
@@ -39,8 +37,8 @@ def run(batch: Batch, address: str | None, verbose: bool = False) -> Summary:
     """
     cut = list(chunks(batch.input, batch.chunk_rows))
     rows = sum(chunk.num_rows for chunk in cut)
-    _claim(batch, cut)
     before, start = read_totals(batch.output), time.monotonic()
+    _claim(batch, cut, before)
     nodes = _answer(batch, address, cut, before, verbose) if before.rows < rows else {}
     totals = read_totals(batch.output)
     if totals.rows != rows:
@@ -66,8 +64,8 @@ def _answer(
         return cluster.take_counters()
 
 
-def _claim(batch: Batch, cut: list[Chunk]) -> None:
-    """Notes in the output what runs there; refuses an output in which something else ran."""
+def _claim(batch: Batch, cut: list[Chunk], before: Totals) -> None:
+    """Notes in the output what runs there; refuses an output that holds records of something else."""
     run = {
         "input": batch.input,
         "input_rows": sum(chunk.num_rows for chunk in cut),
@@ -79,15 +77,15 @@ def _claim(batch: Batch, cut: list[Chunk]) -> None:
         "format": batch.file_format,
     }
     filesystem, folder = locate(batch.output)
-    earlier: Any = None
-    if filesystem.get_file_info(f"{folder}/{RUN_FILE}").type != pyarrow.fs.FileType.NotFound:
+    if before.rows:
         with filesystem.open_input_stream(f"{folder}/{RUN_FILE}") as file:
             earlier = json.loads(file.read())
-    if earlier is None:
-        _write(batch.output, RUN_FILE, run)
-    elif earlier != run:
-        differ = ", ".join(key for key in run if earlier.get(key) != run[key])
-        raise JobError(f"output {batch.output} holds another batch ({differ} differ); choose another folder")
+        if differ := [key for key in run if earlier.get(key) != run[key]]:
+            raise JobError(
+                f"output {batch.output} holds records of another batch, with other {', '.join(differ)}; "
+                "choose another folder"
+            )
+    _write(batch.output, RUN_FILE, run)
 
 
 def _write(output: str, name: str, content: dict[str, Any]) -> None:
