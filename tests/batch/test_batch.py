@@ -68,7 +68,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 def test_every_row_has_one_record_whatever_is_killed(folder, model) -> None:
-    """Two engines. First the driver is killed; the same command goes on; then one of its engines is killed."""
+    """Two engines. The driver is killed; the same command goes on; then one of its engines is killed."""
     output, log = folder / "out", folder / "log"
     arguments = command(folder / "rows.jsonl", output, model, "--replicas", "2")
 
