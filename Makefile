@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install install-ray model demo demo-batch test contract lint compile-check clean distclean
+.PHONY: install install-ray model demo demo-batch bench-quick test contract lint compile-check clean distclean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,17 @@ demo: install
 # Ten prompts, one of them bad, over two engines on a Ray cluster of this machine.
 demo-batch: install
 	$(BIN)/python -m benchmarks.demo_batch $(ARGS)
+
+# Kernels, engine with memory, cost over context with a picture; CPU machines, under 10 minutes on two cores.
+# All cores compute; left alone, vLLM keeps one for its own processes.
+bench-quick: export OMP_WAIT_POLICY := PASSIVE
+bench-quick: export VLLM_CPU_OMP_THREADS_BIND := 0-$(shell nproc --ignore=1)
+bench-quick: install
+	$(BIN)/python -m benchmarks.cpu_kernels --contexts 8192 32768 --page-sizes 16 --dtypes float32 --repeats 15
+	$(BIN)/python -m benchmarks.throughput --contexts 2048 6144 --batches 2 --repeats 3 --steps 16
+	mkdir -p build
+	$(BIN)/python -m benchmarks.context_cost --contexts 1024 4096 16384 65536 262144 --page-sizes 16 --repeats 7 \
+	    --plot build/context_cost.png
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -109,6 +110,7 @@ class Pair:
         for number, prompt in enumerate(prompts):
             for side, engine in self._turn(number):
                 samples[side].prefill_s.append(engine.prefill(prompt))
+        print(f"prefilled {batch} x {context} tokens", file=sys.stderr, flush=True)
         return prompts
 
     def _summary(self, side: int, samples: Samples, context: int, batch: int) -> dict[str, Any]:
