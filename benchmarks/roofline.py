@@ -47,7 +47,9 @@ class Step:
         token_budget: Tokens that QUEST reads per KV head.
         page_size: Tokens per page.
         block_size: Tokens per block of the cache.
-        element_size: Bytes of one element of query, cache and bounds.
+        element_size: Bytes of one element of the model's dtype: the query, and dense attention's cache.
+        kv_bytes: Of K, or V, of one token and KV head in QUEST's pages; None for the model's dtype.
+        bound_bytes: Of kmin, or kmax, of one page and KV head; None for the model's dtype.
     """
 
     geometry: Geometry
@@ -57,6 +59,8 @@ class Step:
     page_size: int = 16
     block_size: int = 16
     element_size: int = 2
+    kv_bytes: int | None = None
+    bound_bytes: int | None = None
 
     @property
     def token_bytes(self) -> int:
@@ -81,16 +85,18 @@ class Step:
         }
 
     def quest(self) -> dict[str, int]:
-        """Bytes that QUEST moves; those of dense attention where the context is within the budget."""
-        if self.context <= self.token_budget:
-            return self.dense()
+        """Bytes that QUEST moves: all of K and V, and no bounds, where the context is within the budget."""
         pairs = self.batch * self.geometry.num_kv_heads
+        kv = self.token_bytes if self.kv_bytes is None else pairs * self.kv_bytes
+        bound = self.token_bytes if self.bound_bytes is None else pairs * self.bound_bytes
+        if self.context <= self.token_budget:
+            return self.dense() | {"kv": 2 * self.context * kv}
         selected = self.token_budget // self.page_size
         return {
             # K and V of the token, in and out; the page's earlier keys, half a page on average; its bounds.
-            "store": 2 * 2 * self.token_bytes + self.page_size * self.token_bytes // 2 + 2 * self.token_bytes,
-            "bounds": 2 * self.pages * self.token_bytes,
-            "kv": 2 * self.token_budget * self.token_bytes,
+            "store": 2 * (self.token_bytes + kv) + self.page_size * kv // 2 + 2 * bound,
+            "bounds": 2 * self.pages * bound,
+            "kv": 2 * self.token_budget * kv,
             "q and out": 3 * self.query_bytes,  # scoring and attention both read q
             "scores": 2 * pairs * self.pages * SCORE_BYTES,
             "page indices": 2 * pairs * selected * INDEX_BYTES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -12,6 +12,7 @@ from benchmarks.contenders import Contender
 from benchmarks.engine_run import Engine
 from benchmarks.pairs import Ratio, first_context, percentile
 from benchmarks.roofline import Geometry, Step
+from vllm_quest.config import QuestConfig
 
 PROBE_STEPS, PROBE_REPEATS = 16, 3
 
@@ -148,20 +149,36 @@ class Pair:
         geometry = Geometry(
             model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel), model.get_head_size()
         )
-        layers, quest = model.get_num_layers(parallel), contender.quest
         step = Step(
-            geometry,
-            batch,
-            context,
-            token_budget=(quest and quest.token_budget) or context,
-            page_size=quest.page_size if quest else 16,
-            block_size=engine.run.block_size,
-            element_size=model.dtype.itemsize,
+            geometry, batch, context, block_size=engine.run.block_size, element_size=model.dtype.itemsize
         )
-        dense, sparse = sum(step.dense().values()), sum(step.quest().values())
-        sparse_layers = layers - quest.dense_layers if quest and context >= quest.min_context else 0
-        attention = sparse_layers * sparse + (layers - sparse_layers) * dense
+        layers, quest = model.get_num_layers(parallel), contender.quest
+        if quest is None:
+            attention = layers * sum(step.dense().values())
+        else:
+            dense = replace(step, **quest_bytes(quest, geometry.head_size))
+            sparse = replace(dense, token_budget=_tokens_read(quest, context), page_size=quest.page_size)
+            dense = replace(dense, token_budget=context)
+            attention = quest.dense_layers * sum(dense.quest().values())
+            attention += (layers - quest.dense_layers) * sum(sparse.quest().values())
         return attention, sum(engine.llm.collective_rpc("weight_bytes_per_step"))
+
+
+def _tokens_read(quest: QuestConfig, context: int) -> int:
+    return context if quest.token_budget is None or context < quest.min_context else quest.token_budget
+
+
+def quest_bytes(quest: QuestConfig, head_size: int) -> dict[str, Any]:
+    """How `Step` describes QUEST's pages; nothing where they are in the model's dtype."""
+    sizes = {}
+    if quest.kv_dtype == "int4":
+        groups = head_size // (quest.value_group_size or head_size)
+        # Half a byte per element; V has a zero point and a scale per group, bfloat16 each: per K or V, half.
+        sizes["kv_bytes"] = head_size // 2 + 2 * groups
+        sizes["bound_bytes"] = 2 * head_size
+    if quest.metadata_dtype == "int8":
+        sizes["bound_bytes"] = head_size + 8  # an offset and a scale, float32
+    return sizes
 
 
 def _ratios(baseline: Samples, measured: Samples) -> dict[str, Any]:

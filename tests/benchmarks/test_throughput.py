@@ -9,8 +9,10 @@ import pytest
 from benchmarks.contenders import dense, quest, quest_entries
 from benchmarks.dummy_model import SIZES, write_config
 from benchmarks.pairs import Ratio
+from benchmarks.roofline import Geometry, Step
+from benchmarks.throughput_pair import quest_bytes
 from benchmarks.throughput_report import report
-from vllm_quest.config import QuestConfigError
+from vllm_quest.config import QuestConfig, QuestConfigError
 
 
 def test_dense_contenders_by_vllms_names() -> None:
@@ -54,6 +56,27 @@ def test_every_geometry_is_one_that_transformers_reads(tmp_path, name) -> None:
 
     write_config(tmp_path, name, layers=None, max_model_len=2048)
     assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers == SIZES[name].num_layers
+
+
+@pytest.mark.parametrize(
+    ("entries", "kv", "bounds"),
+    [
+        ({}, 2 * 2048 * 128 * 2, 2 * 2048 * 128 * 2),
+        ({"metadata_dtype": "int8"}, 2 * 2048 * 128 * 2, 2 * 2048 * (128 + 8)),
+        ({"kv_dtype": "int4"}, 2048 * (128 + 4), 2 * 2048 * 128 * 2),
+        (
+            {"kv_dtype": "int4", "metadata_dtype": "int8", "value_group_size": 32},
+            2048 * (128 + 16),
+            2 * 2048 * 136,
+        ),
+    ],
+)
+def test_limits_count_what_pages_hold(entries, kv, bounds) -> None:
+    """32k tokens, one KV head of 128 channels: 2,048 pages' bounds, 2,048 tokens of K and V."""
+    config = QuestConfig.from_dict(entries)
+    step = Step(Geometry(4, 1, 128), 1, 32768, **quest_bytes(config, 128))
+    assert step.quest()["kv"] == kv
+    assert step.quest()["bounds"] == bounds
 
 
 def side(name: str, tokens_per_s: float, **more: float) -> dict:
