@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from vllm_quest.accuracy.worker import MeasuredWorker
 
-class AttentionTimer:
+
+class AttentionTimer(MeasuredWorker):
     """Methods that vLLM adds to its worker when started with ``worker_extension_cls``.
 
     Times what a layer's attention does in decode steps: storing K and V, and attending. Only for
@@ -34,11 +36,6 @@ class AttentionTimer:
             for method in ("forward", "do_kv_cache_update"):
                 vars(layer.impl).pop(method, None)  # the class's own method shows again
         return self.attention_seconds
-
-    def kv_bytes_per_token(self) -> float:
-        """What one token of context takes in this worker's KV cache, all layers together."""
-        specs = self.get_kv_cache_spec().values()  # type: ignore[attr-defined]
-        return sum(spec.page_size_bytes / spec.block_size for spec in specs)
 
     def attention_backends(self) -> list[str]:
         """Names of the backends that the layers run: vLLM may choose another than it was asked for."""

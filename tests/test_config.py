@@ -24,13 +24,14 @@ def test_every_field_can_be_set() -> None:
         "dense_layers": 0,
         "sink_pages": 2,
         "recent_pages": 1,
-        "group_reduce": "softmax_mean",
+        "group_reduce": "mean",
         "scorer": "minmax",
         "min_context": 4096,
         "kv_dtype": "int4",
         "metadata_dtype": "int8",
         "value_group_size": 64,
         "value_threshold": 6.5,
+        "decode_tail": 0,
     }
     assert dataclasses.asdict(QuestConfig.from_dict(entries)) == entries
     assert set(entries) == {field.name for field in dataclasses.fields(QuestConfig)}
@@ -69,6 +70,8 @@ def test_no_budget_means_everything() -> None:
         ({"value_threshold": math.nan}, ["value_threshold", "nan", "a positive number"]),
         ({"value_threshold": True}, ["value_threshold", "True", "a positive number"]),
         ({"value_threshold": "6"}, ["value_threshold", "'6'", "a positive number"]),
+        ({"decode_tail": -1}, ["decode_tail", "-1", "at least 0"]),
+        ({"decode_tail": 4, "group_reduce": "softmax_mean"}, ["decode_tail", "group_reduce=softmax_mean"]),
         ({"group_reduce": "sum"}, ["group_reduce", "'sum'", "max, mean, softmax_mean"]),
         ({"scorer": "mean"}, ["scorer", "'mean'", "minmax"]),
         ({"token_bugdet": 512}, ["unknown key 'token_bugdet'", "did you mean 'token_budget'", "page_size"]),

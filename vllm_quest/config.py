@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +16,17 @@ SCORERS = ("minmax",)
 KV_DTYPES = ("auto", "int4")
 METADATA_DTYPES = ("auto", "int8")
 NO_CONTEXT = 2**31 - 1  # tokens; a context that is never reached
+# What may change while a cache is in use; every other field says how the cache lies.
+SELECTION_FIELDS = (
+    "token_budget",
+    "dense_layers",
+    "sink_pages",
+    "recent_pages",
+    "group_reduce",
+    "min_context",
+    "value_threshold",
+    "decode_tail",
+)
 
 
 class QuestConfigError(ValueError):
@@ -50,6 +61,9 @@ class QuestConfig:
         value_threshold: t: V rows are not read where no query head of the group has e^-t of its largest
             probability. A positive number, GPUs only; None reads every V row of the selected pages. The
             counters count them as read.
+        decode_tail: The last N tokens of a prompt select pages as if they had been decoded one by one; for
+            measuring. Needs whole prompts, ``enable_chunked_prefill=False``, and neither ``softmax_mean`` nor
+            ``int4`` (docs/design.md).
     """
 
     token_budget: int | None = 2048
@@ -64,6 +78,7 @@ class QuestConfig:
     metadata_dtype: str = "auto"
     value_group_size: int | None = None
     value_threshold: float | None = None
+    decode_tail: int = 0
 
     def __post_init__(self) -> None:
         self._check_choice("page_size", PAGE_SIZES)
@@ -76,6 +91,7 @@ class QuestConfig:
         self._check_count("sink_pages", 0)
         self._check_count("recent_pages", 1)
         self._check_count("min_context", 0)
+        self._check_count("decode_tail", 0)
         if self.value_group_size is not None and self.kv_dtype != "int4":
             raise QuestConfigError(
                 "value_group_size", f"{self.value_group_size}", "null unless kv_dtype=int4"
@@ -84,6 +100,13 @@ class QuestConfig:
             self._check_budget()
         if self.value_threshold is not None:
             self._check_positive("value_threshold")
+        if self.decode_tail and not self.steps_alike:
+            raise QuestConfigError(
+                "decode_tail",
+                f"{self.decode_tail} tokens at once would not give what single steps do with "
+                f"group_reduce={self.group_reduce}, kv_dtype={self.kv_dtype}",
+                "0, or group_reduce max or mean and kv_dtype auto",
+            )
 
     @property
     def budget_pages(self) -> int:
@@ -95,6 +118,16 @@ class QuestConfig:
     def sparse_context(self) -> int:
         """Tokens of the shortest context that selects pages: `min_context`, and more than the budget."""
         return max(self.min_context, self.token_budget + 1) if self.token_budget else NO_CONTEXT
+
+    @property
+    def steps_alike(self) -> bool:
+        """Whether tokens that come together, as in `decode_tail`, select what they would one by one."""
+        return self.group_reduce != "softmax_mean" and self.kv_dtype == "auto"
+
+    @property
+    def cache_fields(self) -> dict[str, Any]:
+        """The fields that say how the cache lies: engines that agree in them can read each other's pages."""
+        return {name: value for name, value in asdict(self).items() if name not in SELECTION_FIELDS}
 
     @classmethod
     def from_dict(cls, entries: Any) -> QuestConfig:
@@ -123,10 +156,15 @@ class QuestConfig:
         """
         additional = vllm_config.additional_config
         config = cls.from_dict(additional.get("quest", {}) if isinstance(additional, dict) else {})
-        config._check_engine(vllm_config)
+        config.check_engine(vllm_config)
         return config
 
-    def _check_engine(self, vllm_config: VllmConfig) -> None:
+    def check_engine(self, vllm_config: VllmConfig) -> None:
+        """Refuses an engine that QUEST cannot run with this configuration.
+
+        Raises:
+            ValueError: Names each flag or property of the model that is in the way.
+        """
         model, cache = vllm_config.model_config, vllm_config.cache_config
         refused = []
         if model is not None and model.use_mla:
@@ -141,6 +179,12 @@ class QuestConfig:
             refused.append(
                 f"--block-size {cache.block_size} is not a multiple of additional_config['quest'].page_size "
                 f"{self.page_size}"
+            )
+        scheduler = vllm_config.scheduler_config
+        if self.decode_tail and (scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold):
+            refused.append(
+                f"additional_config['quest'].decode_tail is {self.decode_tail}, and vLLM does not tell where "
+                "a prompt ends; allowed: 0, or --no-enable-chunked-prefill, so that each comes in one step"
             )
         if refused:
             raise ValueError(f"--attention-backend QUEST cannot run this engine: {'; '.join(refused)}")

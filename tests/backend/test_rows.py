@@ -45,7 +45,7 @@ def test_decode_rows_with_a_long_context_are_sparse() -> None:
     assert rows.sparse.seq_lens.tolist() == [65, 200]
     assert rows.sparse.num_pages.tolist() == [5, 13]
     assert rows.sparse.block_table.shape == (2, 7)
-    assert rows.dense_requests.tolist() == [1, 2]
+    assert rows.sparse_lens.tolist() == [1, 0, 0, 1]
     assert (rows.counts.decode_rows, rows.counts.prefill_tokens) == (3, 7)
     # Four pages each; the last ones hold 1 and 8 tokens.
     assert (rows.counts.pages_read, rows.counts.tokens_read) == (8, 49 + 56)
@@ -72,7 +72,7 @@ def test_each_speculated_token_is_a_row_of_its_own() -> None:
     assert rows.sparse.seq_lens.tolist() == [70, 79, 80, 81]
     assert rows.sparse.num_pages.tolist() == [5, 5, 5, 6]
     assert torch.equal(rows.sparse.block_table[1], rows.sparse.block_table[3])
-    assert rows.dense_requests.tolist() == [2], "more tokens than a verification brings: recomputed, dense"
+    assert rows.sparse_lens.tolist() == [1, 3, 0], "more tokens than a verification brings: recomputed, dense"
 
 
 def test_min_context() -> None:
@@ -93,13 +93,14 @@ def test_padding_and_non_causal_batches_have_no_sparse_rows() -> None:
         st.tuples(st.integers(1, 5), st.integers(5, 150), st.booleans()),
         min_size=1,
         max_size=8,
-    )
+    ),
+    st.integers(0, 7),
 )
-def test_every_token_is_attended_exactly_once(requests) -> None:
+def test_every_token_is_attended_exactly_once(requests, decode_tail) -> None:
     whole = batch(requests)
-    rows = split_rows(whole, CONFIG, BLOCK, 3)
+    rows = split_rows(whole, QuestConfig(token_budget=64, decode_tail=decode_tail), BLOCK, 3)
     starts = whole.query_start_loc_cpu.long()
-    dense = token_indices(starts, starts.diff(), rows.dense_requests).tolist()
+    dense = token_indices(starts[:-1], starts.diff() - rows.sparse_lens).tolist()
     sparse = rows.sparse.tokens.tolist() if rows.sparse else []
     assert sorted(dense + sparse) == list(range(whole.num_actual_tokens))
     assert rows.counts.decode_rows + rows.counts.prefill_tokens == whole.num_actual_tokens
@@ -109,4 +110,25 @@ def test_every_token_is_attended_exactly_once(requests) -> None:
 def test_token_indices(lens) -> None:
     query_lens = torch.tensor(lens)
     starts = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0))
-    assert token_indices(starts, query_lens, torch.arange(len(lens))).tolist() == list(range(sum(lens)))
+    assert token_indices(starts[:-1], query_lens).tolist() == list(range(sum(lens)))
+
+
+def test_the_tail_of_a_prompt_decodes() -> None:
+    """A long chunk, one that is shorter than the tail, a decoding request, a short context."""
+    config = QuestConfig(token_budget=64, decode_tail=5)
+    rows = split_rows(
+        batch([(40, 100, True), (3, 90, True), (1, 80, False), (50, 50, True)]), config, BLOCK, 1
+    )
+    assert rows.sparse is not None
+    assert rows.sparse_lens.tolist() == [5, 3, 1, 0]
+    assert rows.sparse.tokens.tolist() == [35, 36, 37, 38, 39, 40, 41, 42, 43]
+    assert rows.sparse.seq_lens.tolist() == [96, 97, 98, 99, 100, 88, 89, 90, 80]
+    assert (rows.counts.decode_rows, rows.counts.prefill_tokens) == (14, 80)
+
+
+@pytest.mark.parametrize(("min_context", "first"), [(0, 65), (68, 68)])
+def test_each_token_of_a_tail_has_a_context_of_its_own(min_context, first) -> None:
+    config = QuestConfig(token_budget=64, decode_tail=20, min_context=min_context)
+    rows = split_rows(batch([(70, 70, True)]), config, BLOCK, 1)
+    assert rows.sparse is not None
+    assert rows.sparse.seq_lens.tolist() == list(range(first, 71))

@@ -7,6 +7,7 @@ differs between supported versions belongs into ``vllm_quest/compat.py``.
 
 from __future__ import annotations
 
+from tests.contract.accuracy import ACCURACY
 from tests.contract.backend import BACKEND
 from tests.contract.batch import BATCH
 from tests.contract.cpu import CPU
@@ -15,4 +16,4 @@ from tests.contract.planned import PLANNED
 from tests.contract.reliance import Contract
 from tests.contract.startup import STARTUP
 
-CONTRACT: Contract = {**STARTUP, **BACKEND, **CPU, **GPU, **BATCH, **PLANNED}
+CONTRACT: Contract = {**STARTUP, **BACKEND, **CPU, **GPU, **ACCURACY, **BATCH, **PLANNED}

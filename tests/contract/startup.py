@@ -73,6 +73,7 @@ STARTUP: Contract = {
                 "model_config: ModelConfig",
                 "cache_config: CacheConfig",
                 "parallel_config: ParallelConfig",
+                "scheduler_config: SchedulerConfig",
             ),
         ),
         On("vllm.config.ModelConfig", "refusals", attributes=("use_mla", "is_encoder_decoder")),
@@ -82,6 +83,16 @@ STARTUP: Contract = {
             attributes=("cache_dtype", "block_size", "user_specified_block_size"),
         ),
         On("vllm.config.ParallelConfig", "refusals", attributes=("decode_context_parallel_size",)),
+        On(
+            "vllm.config.SchedulerConfig",
+            "whether each prompt comes in one step",
+            attributes=("enable_chunked_prefill", "long_prefill_token_threshold"),
+        ),
+        On(
+            "vllm.v1.core.sched.scheduler.Scheduler.schedule",
+            "without chunked prefill a prompt waits until a step has room for all of it",
+            code=("self.scheduler_config.enable_chunked_prefill",),
+        ),
         On(
             "vllm.config.get_current_vllm_config_or_none",
             "the engine that this process is building",

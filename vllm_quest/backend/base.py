@@ -113,7 +113,7 @@ class QuestImpl:
     fused_qk_norm_mrope_kvcache_supported = _fuses_nothing
 
     def start(self, config: QuestConfig, layout: PageLayout, dense_reason: str | None) -> None:
-        """Called once by the builder, which owns these decisions; see the attributes."""
+        """Called by the builder, which owns these decisions; see the attributes."""
         self.config, self.layout, self.dense_reason = config, layout, dense_reason
 
     def do_kv_cache_update(
@@ -124,12 +124,9 @@ class QuestImpl:
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Stores K, V and, in a sparse layer, the bounds of the touched pages; see vLLM's base class."""
+        """Stores K, V and the bounds of the touched pages, also in a dense layer; see vLLM's base class."""
         pages = self.pages(kv_cache)
-        if self.dense_reason:
-            super().do_kv_cache_update(layer, key, value, pages.kv, slot_mapping)  # type: ignore[misc]
-        else:
-            self.kernels.store(key, value, pages.key, pages.value, pages.bounds, slot_mapping)
+        self.kernels.store(key, value, pages.key, pages.value, pages.bounds, slot_mapping)
 
     def pages(self, kv_cache: torch.Tensor) -> PageViews:
         """The views into this layer's cache, which vLLM binds once."""

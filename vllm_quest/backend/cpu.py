@@ -48,11 +48,11 @@ class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
 
 @dataclass(frozen=True)
 class DenseRows:
-    """Requests of a mixed batch that vLLM's kernel attends to.
+    """What vLLM's kernel attends to in a mixed batch.
 
     Attributes:
-        tokens: Their query tokens: a slice where they lie together, else ``[n]`` int64.
-        metadata: vLLM's metadata of these requests alone.
+        tokens: The query tokens: a slice where they lie together, else ``[n]`` int64.
+        metadata: vLLM's metadata of these tokens alone.
     """
 
     tokens: slice | torch.Tensor
@@ -85,32 +85,38 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.config = QuestConfig.from_vllm_config(vllm_config)
-        if self.config.value_threshold is not None:
-            raise QuestConfigError("value_threshold", f"{self.config.value_threshold}", "null on a CPU")
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        self.layout = PageLayout.of(kv_cache_spec, self.config, self.dtype, for_cpu=True)
+        config = QuestConfig.from_vllm_config(vllm_config)
+        if config.value_threshold is not None:
+            raise QuestConfigError("value_threshold", f"{config.value_threshold}", "null on a CPU")
+        self.layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        self.layout = PageLayout.of(kv_cache_spec, config, self.dtype, for_cpu=True)
         # Only these two of vLLM's CPU kernels keep K as plain [D, N]; AMX, for one, packs it.
         self.isa = "vec" if self.head_dim % 32 == 0 else "vec16"
         self._set_isa_to_layers(layer_names)
         self.max_query_len = max_decode_query_len(vllm_config)
-        plan = LayerPlan.of(layers, self.config)
-        plan.log(self.config, self.layout, self.dtype, self.num_kv_heads)
+        counters = CounterFile()
+        for layer in self.layers.values():
+            layer.impl.counters = counters
+        self.configure(config).log(config, self.layout, self.dtype, self.num_kv_heads)
+
+    def configure(self, config: QuestConfig) -> LayerPlan:
+        """Selects by `config` from the next step on; the cache must suit it: `QuestConfig.cache_fields`."""
+        self.config = config
+        plan = LayerPlan.of(self.layers, config)
         self.any_dense_layer = bool(plan.dense)
         if plan.sparse:
             kernels.warm_up(
                 self.head_dim,
                 self.num_heads,
                 self.num_kv_heads,
-                self.config.page_size,
+                config.page_size,
                 self.block_size,
                 self.dtype,
-                self.config.group_reduce,
+                config.group_reduce,
             )
-        counters = CounterFile()
-        for name, layer in layers.items():
-            layer.impl.start(self.config, self.layout, plan.dense.get(name))
-            layer.impl.counters = counters
+        for name, layer in self.layers.items():
+            layer.impl.start(config, self.layout, plan.dense.get(name))
+        return plan
 
     def build(
         self,
@@ -125,22 +131,22 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return QuestCPUMetadata(
             rows=rows,
             whole=super().build(common_prefix_len, batch, fast_build) if needs_whole else None,
-            dense=self._dense_rows(batch, rows) if rows.sparse and len(rows.dense_requests) else None,
+            dense=self._dense_rows(batch, rows) if rows.sparse else None,
         )
 
     def _dense_rows(self, batch: CommonAttentionMetadata, rows: BatchRows) -> DenseRows | None:
-        """vLLM's metadata for the requests that are not sparse."""
-        requests = rows.dense_requests
+        """vLLM's metadata for the query tokens that are not sparse; None where all are."""
         starts = batch.query_start_loc_cpu.long()
-        query_lens = starts.diff()
-        lens = query_lens[requests]
-        tokens = token_indices(starts, query_lens, requests)
-        if len(tokens) == 0:
+        dense_lens = starts.diff() - rows.sparse_lens
+        requests = dense_lens.nonzero().flatten()
+        if len(requests) == 0:
             return None
+        lens = dense_lens[requests]
+        tokens = token_indices(starts[requests], lens)
         first, last = int(tokens[0]), int(tokens[-1])
         part = batch.replace(
             query_start_loc=torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(),
-            seq_lens=batch.seq_lens[requests],
+            seq_lens=(batch.seq_lens - rows.sparse_lens)[requests].int(),
             num_reqs=len(requests),
             num_actual_tokens=len(tokens),
             max_query_len=int(lens.max()),

@@ -114,6 +114,12 @@ class QuestGPUMetadataBuilder:
             raise QuestConfigError("kv_dtype, metadata_dtype", "not auto", "auto on a GPU")
         if self.config.token_budget is None:
             raise QuestConfigError("token_budget", "null", "a number of tokens on a GPU")
+        if self.config.decode_tail:
+            raise QuestConfigError(
+                "decode_tail",
+                f"{self.config.decode_tail}",
+                "0 on a GPU, where only the batch's first rows decode",
+            )
         self.spec = kv_cache_spec
         self.max_query_len = max_decode_query_len(vllm_config)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # type: ignore[attr-defined]

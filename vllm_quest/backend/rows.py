@@ -33,26 +33,28 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """A batch, cut by request.
+    """A batch, cut by query token.
 
     Attributes:
         sparse: The rows that select pages; None where no row does.
-        dense_requests: ``[n]`` int64, the other requests: prefill, and decode with a short context.
+        sparse_lens: ``[requests]`` int64, how many query tokens of each request those are, its last ones.
+            The ones before attend densely: prefill, and decode with a short context.
         counts: What the step adds to the counters.
     """
 
     sparse: SparseRows | None
-    dense_requests: torch.Tensor
+    sparse_lens: torch.Tensor
     counts: StepCounts
 
 
 def split_rows(
     batch: CommonAttentionMetadata, config: QuestConfig, block_size: int, max_decode_query_len: int
 ) -> BatchRows:
-    """Cuts a batch into rows that select pages and requests that attend densely.
+    """Cuts a batch into rows that select pages and tokens that attend densely.
 
     A request decodes when its prompt is done and it brings no more tokens than one speculative verification;
-    a prompt's last chunk is prefill however short it is, so that outputs do not depend on chunking.
+    a prompt's last chunk is prefill however short it is, so that outputs do not depend on chunking. Only
+    `decode_tail` makes the end of a prompt decode too; then every prompt comes in one step.
 
     Args:
         batch: vLLM's metadata, its tensors on the CPU.
@@ -62,34 +64,32 @@ def split_rows(
     """
     starts = batch.query_start_loc_cpu.long()
     query_lens = starts.diff()
-    seq_lens = batch.seq_lens.long()
-    decodes = (query_lens > 0) & (query_lens <= max_decode_query_len)
+    decodes = query_lens <= max_decode_query_len
     if batch.is_prefilling is not None:
         decodes &= ~batch.is_prefilling
-    # A padded or empty request has no rows; it stays with the dense ones, where vLLM's kernel skips it.
-    long_enough = seq_lens >= config.sparse_context
-    sparse = decodes & long_enough if batch.causal is True else torch.zeros_like(decodes)
-    decode_rows = int(query_lens[decodes].sum())
-    rows = _rows(batch, sparse, starts, query_lens, config, block_size) if sparse.any() else None
+    decode_lens = query_lens.where(decodes, query_lens.clamp(max=config.decode_tail))
+    # Each token of a request sees one more than the token before it.
+    beyond = (batch.seq_lens.long() - config.sparse_context + 1).clamp(min=0)
+    sparse_lens = beyond.minimum(decode_lens) if batch.causal is True else torch.zeros_like(decode_lens)
+    rows = _rows(batch, sparse_lens, starts, config, block_size) if sparse_lens.any() else None
     counts = StepCounts.of(
         config,
-        prefill_tokens=int(query_lens.sum()) - decode_rows,
-        decode_rows=decode_rows,
+        prefill_tokens=int((query_lens - decode_lens).sum()),
+        decode_rows=int(decode_lens.sum()),
         sparse_lens=rows.seq_lens if rows else torch.empty(0),
     )
-    return BatchRows(rows, (~sparse).nonzero().flatten(), counts)
+    return BatchRows(rows, sparse_lens, counts)
 
 
 def _rows(
     batch: CommonAttentionMetadata,
-    requests: torch.Tensor,
+    sparse_lens: torch.Tensor,
     starts: torch.Tensor,
-    query_lens: torch.Tensor,
     config: QuestConfig,
     block_size: int,
 ) -> SparseRows:
-    request = requests.nonzero().flatten().repeat_interleave(query_lens[requests])
-    tokens = token_indices(starts, query_lens, requests.nonzero().flatten())
+    request = torch.arange(len(sparse_lens)).repeat_interleave(sparse_lens)
+    tokens = token_indices(starts[1:] - sparse_lens, sparse_lens)
     after = starts[request + 1] - 1 - tokens  # later tokens of the same request, which this one must not see
     seq_lens = batch.seq_lens.long()[request] - after
     blocks = -(-int(seq_lens.max()) // block_size)
@@ -101,9 +101,8 @@ def _rows(
     )
 
 
-def token_indices(starts: torch.Tensor, query_lens: torch.Tensor, requests: torch.Tensor) -> torch.Tensor:
-    """Indices of all query tokens of `requests`, request by request, ``[sum of their query_lens]`` int64."""
-    lens = query_lens[requests]
+def token_indices(firsts: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    """Indices of `lens` query tokens from `firsts` on, request by request, ``[sum of lens]`` int64."""
     ends = lens.cumsum(0)
     within = torch.arange(int(lens.sum())) - (ends - lens).repeat_interleave(lens)
-    return starts[requests].repeat_interleave(lens) + within
+    return firsts.repeat_interleave(lens) + within
