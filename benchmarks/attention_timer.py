@@ -43,7 +43,7 @@ class AttentionTimer(MeasuredWorker):
 
     def weight_bytes_per_step(self) -> int:
         """What one step reads of the model: all weights, but of an embedding table of its own only a row."""
-        model = self.model_runner.model  # type: ignore[attr-defined]
+        model = self.model_runner.model
         tied = model.config.tie_word_embeddings
         return sum(w.nbytes for name, w in model.named_parameters() if tied or "embed_tokens" not in name)
 
@@ -57,7 +57,7 @@ class AttentionTimer(MeasuredWorker):
         from vllm.config import get_layers_from_vllm_config
         from vllm.model_executor.layers.attention import Attention
 
-        return list(get_layers_from_vllm_config(self.vllm_config, Attention).values())  # type: ignore[attr-defined]
+        return list(get_layers_from_vllm_config(self.vllm_config, Attention).values())
 
     def _timed(self, method: Callable[..., Any], num_rows: Callable[..., int]) -> Callable[..., Any]:
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
