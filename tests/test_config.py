@@ -34,6 +34,7 @@ def test_every_field_can_be_set() -> None:
         "decode_tail": 0,
     }
     assert dataclasses.asdict(QuestConfig.from_dict(entries)) == entries
+    assert QuestConfig.from_dict({"decode_tail": 32}).decode_tail == 32
     assert set(entries) == {field.name for field in dataclasses.fields(QuestConfig)}
     assert QuestConfig.from_dict(entries).budget_pages == 64
     assert QuestConfig.from_dict(entries).sparse_context == 4096

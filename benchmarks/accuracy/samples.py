@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_quest.accuracy.samples import Sample
 
-__all__ = ["Header", "Results", "Sample", "Score"]
+__all__ = ["Header", "Results", "Sample", "Score", "whole_lines"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,15 @@ class Header:
     date: str
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that is appended to; one that an interruption cut off is removed from the file."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return whole.splitlines()
+
+
 class Results:
     """The raw results of one model and context length: JSON lines that are only ever appended to.
 
@@ -97,13 +106,8 @@ class Results:
         self.path = path
         self.headers: dict[str, Header] = {}
         self.scores: list[Score] = []
-        if path.exists():
-            text = path.read_text()
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                path.write_text(whole)
-            for line in whole.splitlines():
-                self._take(json.loads(line))
+        for line in whole_lines(path):
+            self._take(json.loads(line))
         self._done = {(score.configuration, score.task, score.sample) for score in self.scores}
 
     @classmethod

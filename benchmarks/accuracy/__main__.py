@@ -1,0 +1,126 @@
+"""Measures what a configuration costs in quality; the report and the 4-bit gate are subcommands.
+
+    python -m benchmarks.accuracy [--model MODEL] [--context N] [--samples N] [--tasks A,B] --out FOLDER
+    python -m benchmarks.accuracy report FOLDER
+    python -m benchmarks.accuracy gate [--model MODEL] [--quest JSON ...]
+
+Without further flags a grid of standard configurations is measured. ``--vary FIELD=A,B`` (for any field of
+the `quest` configuration, repeatable) measures each value alone around ``--base FIELD=VALUE``; with
+``--cross`` all combinations; ``--quest JSON`` adds one configuration. A run that was interrupted goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported: the bar stays readable, and OpenMP's threads do not spin between steps.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from benchmarks.accuracy import configurations, gate
+from benchmarks.accuracy.grid import Grid
+from benchmarks.model import ModelError, prepare_model
+from vllm_quest.config import QuestConfig
+
+
+def main() -> None:
+    """The command line."""
+    command, arguments = sys.argv[1:2], sys.argv[2:]
+    try:
+        if command == ["report"]:
+            _report(arguments)
+        elif command == ["gate"]:
+            gate.main(arguments)
+        else:
+            _grid(_arguments())
+    except (ModelError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _grid(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from benchmarks.accuracy import tasks
+
+    chosen = _configurations(arguments)  # refuses a wrong one before any work
+    model = arguments.model or str(prepare_model())
+    names = arguments.tasks.split(",") if arguments.tasks else list(tasks.TASKS)
+    samples: dict[tuple[str, int], Any] = {}
+    for name in names:
+        built = tasks.build(
+            AutoTokenizer.from_pretrained(model), arguments.context, arguments.samples, arguments.seed, [name]
+        )
+        samples |= {(name, index): sample for index, sample in enumerate(built)}
+    Grid(
+        model=model,
+        context=arguments.context,
+        samples=samples,
+        configurations=chosen,
+        out=arguments.out,
+        rouge=tasks.rouge_l,
+        engine_args=arguments.engine_args,
+    ).run()
+    print(f"python -m benchmarks.accuracy report {arguments.out}")
+
+
+def _configurations(arguments: argparse.Namespace) -> dict[str, QuestConfig]:
+    """Those that the flags name; the standard ones without any."""
+    if not (arguments.vary or arguments.base or arguments.quest):
+        return configurations.standard(arguments.context)
+    chosen: dict[str, QuestConfig] = {}
+    if arguments.vary or arguments.base:
+        factors = dict(map(configurations.parse_field, arguments.vary))
+        base = {field: values[0] for field, values in map(configurations.parse_field, arguments.base)}
+        combine = configurations.crossed if arguments.cross else configurations.one_at_a_time
+        chosen |= combine(QuestConfig.from_dict(base), factors)
+    for entries in arguments.quest:
+        chosen |= configurations.from_entries(entries)
+    return chosen
+
+
+def _report(arguments: list[str]) -> None:
+    from benchmarks.accuracy.report import write_report
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy report")
+    parser.add_argument("folder", type=Path, help="what --out named")
+    print(write_report(parser.parse_args(arguments).folder))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", metavar="MODEL", help="folder or name; default: SmolLM2-135M-Instruct")
+    add("--context", type=int, default=4096, metavar="N", help="tokens; default: 4096")
+    add("--samples", type=int, default=50, metavar="N", help="per task; default: 50")
+    add("--seed", type=int, default=0, metavar="N", help="of the tasks; default: 0")
+    add("--tasks", metavar="A,B,...", help="default: all")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="raw results, only ever added to")
+    add("--vary", action="append", default=[], metavar="FIELD=A,B", help="values of a field; repeatable")
+    add("--base", action="append", default=[], metavar="FIELD=VALUE", help="what --vary varies; repeatable")
+    add("--cross", action="store_true", help="all combinations of what --vary names")
+    add(
+        "--quest",
+        action="append",
+        default=[],
+        type=json.loads,
+        metavar="JSON",
+        help="one configuration; repeatable",
+    )
+    add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
