@@ -51,6 +51,40 @@ def plot_context_cost(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_throughput(rows: list[dict[str, Any]], path: Path) -> None:
+    """Left: decode tokens/s over the context. Right: times dense, bars from lowest to highest pair."""
+    cells = sorted((row for row in rows if row["kind"] == "cell"), key=lambda row: row["context"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for batch in sorted({cell["batch"] for cell in cells}):
+        for contender in sorted({cell["contender"] for cell in cells}):
+            mine = [cell for cell in cells if (cell["batch"], cell["contender"]) == (batch, contender)]
+            if not mine:
+                continue
+            contexts = [cell["context"] for cell in mine]
+            name = f"{contender}, batch {batch}"
+            (line,) = left.plot(contexts, [c["measured"]["tokens_per_s"] for c in mine], "-o", label=name)
+            dense = [c["baseline"]["tokens_per_s"] for c in mine]
+            left.plot(
+                contexts,
+                dense,
+                "--",
+                color=line.get_color(),
+                label=f"{mine[0]['baseline']['name']} beside it",
+            )
+            ratios = [cell["ratios"]["decode"] for cell in mine]
+            middle = [ratio["median"] for ratio in ratios]
+            spread = [[r["median"] - r["low"] for r in ratios], [r["high"] - r["median"] for r in ratios]]
+            right.errorbar(contexts, middle, spread, fmt="-o", capsize=3, color=line.get_color(), label=name)
+    right.axhline(1, color="k", linewidth=0.8)
+    left.set(xlabel="context, tokens", ylabel="decode tokens/s", ylim=(0, None), title="Decoding")
+    right.set(xlabel="context, tokens", ylabel="times dense", title="Against dense, paired")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def _short(tokens: int) -> str:
     """1024 as 1k, 1048576 as 1M."""
     for unit, size in (("M", 2**20), ("k", 2**10)):

@@ -70,6 +70,10 @@ def run(contenders: list[Contender], model_args: dict[str, Any], arguments: argp
                     stack.callback(base.close)
                 _measure(baseline, base, contender, cells, model_args, speed, results, deadline, arguments)
     print(report(results.rows))
+    if arguments.plot:
+        from benchmarks.plots import plot_throughput
+
+        plot_throughput(results.rows, arguments.plot)
 
 
 def _missing(contender: Contender, results: ResultsFile, arguments: argparse.Namespace) -> list[tuple]:
@@ -199,6 +203,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--break-even", action="store_true", help="search the shortest context that pays")
     parser.add_argument("--json", type=Path, help="results; what is in it is not measured again")
+    parser.add_argument("--plot", type=Path, help="write a picture there")
     parser.add_argument(
         "--minutes",
         type=float,

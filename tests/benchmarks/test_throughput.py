@@ -90,30 +90,38 @@ def side(name: str, tokens_per_s: float, **more: float) -> dict:
     }
 
 
-def test_the_report_says_everything_measured_and_what_was_not() -> None:
+def measured_rows() -> list[dict]:
     ratio = vars(Ratio(1.5, 1.4, 1.6, 5))
     key = {"contender": "QUEST 1024", "batch": 4}
-    text = report(
-        [
-            {
-                **key,
-                "kind": "cell",
-                "context": 4096,
-                "baseline": side("CPU_ATTN", 10.0),
-                "measured": side("QUEST 1024", 15.0, attention_ms=3.0, attention_share_of_limit=0.8),
-                "ratios": {"decode": ratio, "prefill": ratio, "attention": ratio},
-            },
-            {
-                **key,
-                "kind": "break-even",
-                "context": 0,
-                "found": 1280,
-                "resolution": 128,
-                "probes": {"2048": 1.1},
-            },
-            {"contender": "FLASH_ATTN", "kind": "skipped", "context": 0, "batch": 0, "reason": "no GPU"},
-        ]
-    )
+    return [
+        {
+            **key,
+            "kind": "cell",
+            "context": 4096,
+            "baseline": side("CPU_ATTN", 10.0),
+            "measured": side("QUEST 1024", 15.0, attention_ms=3.0, attention_share_of_limit=0.8),
+            "ratios": {"decode": ratio, "prefill": ratio, "attention": ratio},
+        },
+        {
+            **key,
+            "kind": "break-even",
+            "context": 0,
+            "found": 1280,
+            "resolution": 128,
+            "probes": {"2048": 1.1},
+        },
+        {"contender": "FLASH_ATTN", "kind": "skipped", "context": 0, "batch": 0, "reason": "no GPU"},
+    ]
+
+
+def test_the_picture_is_drawn(tmp_path) -> None:
+    plots = pytest.importorskip("benchmarks.plots", reason="needs the extra 'plot'")
+    plots.plot_throughput(measured_rows(), tmp_path / "throughput.png")
+    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_says_everything_measured_and_what_was_not() -> None:
+    text = report(measured_rows())
     assert "1.50x (1.40-1.60)" in text
     assert "25 %" in text
     assert "80 %" in text
