@@ -12,7 +12,7 @@ import pytest
 from ray.data.block import BlockAccessor
 
 from vllm_quest.batch.records import SCHEMA, RecordSink, jsonl, record
-from vllm_quest.batch.summary import Summary, Totals, checkpoint_path, read_totals
+from vllm_quest.batch.summary import Summary, Totals, checkpoint_path, read_totals, remove_unfinished
 
 
 def engine_row(number: int, **more: object) -> dict:
@@ -56,16 +56,28 @@ def test_completions_and_lengths() -> None:
     assert choice == {"index": 0, "finish_reason": "length", "text": 'say "ä"\n', "logprobs": None}
 
 
-def test_logprobs_name_the_chosen_token_and_the_best() -> None:
-    def logprob(value: float, rank: int, token: str) -> dict:
-        return {"logprob": value, "rank": rank, "decoded_token": token}
+def logprob(value: float, rank: int, token: str) -> dict:
+    return {"logprob": value, "rank": rank, "decoded_token": token}
 
+
+def test_logprobs_name_the_chosen_token_and_the_best() -> None:
     steps = [{7: logprob(-2.0, 2, "b"), 5: logprob(-1.0, 1, "a")}, {8: logprob(-0.5, 1, "ä")}]
     (line,) = jsonl(block(engine_row(0, logprobs=steps))).splitlines()
     first, second = json.loads(line)["response"]["body"]["choices"][0]["logprobs"]["content"]
     assert (first["token"], first["logprob"]) == ("b", -2.0)
     assert [entry["token"] for entry in first["top_logprobs"]] == ["a", "b"]
     assert bytes(second["bytes"]).decode() == "ä"
+
+
+def test_logprobs_of_the_completions_api() -> None:
+    steps = [{7: logprob(-2.0, 1, "ab")}, {8: logprob(-1.0, 1, "c")}]
+    (line,) = jsonl(block(engine_row(0, is_chat=False, logprobs=steps))).splitlines()
+    assert json.loads(line)["response"]["body"]["choices"][0]["logprobs"] == {
+        "tokens": ["ab", "c"],
+        "token_logprobs": [-2.0, -1.0],
+        "top_logprobs": [{"ab": -2.0}, {"c": -1.0}],
+        "text_offset": [0, 2],
+    }
 
 
 def write(output: Path, name: str, table: pa.Table, finished: bool, file_format: str = "jsonl") -> tuple:
@@ -92,6 +104,16 @@ def test_only_finished_files_count(tmp_path, file_format) -> None:
     (output / "a_2.jsonl").write_bytes(b'{"id": "in.js')  # half written, not noted at all
     (output / "run.json").write_text("{}")
     assert read_totals(str(output)) == Totals(2, 1, 5, 2)
+
+
+def test_files_that_nobody_noted_are_removed_but_only_rays(tmp_path) -> None:
+    output = tmp_path / "out"
+    late, noted = f"{0:032x}_000003", f"{1:032x}_000000"
+    write(output, noted, block(engine_row(0)), finished=True)
+    write(output, late, block(engine_row(0)), finished=False)
+    (output / "mine.jsonl").touch()
+    remove_unfinished(str(output))
+    assert {path.name for path in output.iterdir()} == {f"{noted}.jsonl", "mine.jsonl"}
 
 
 def test_a_row_with_two_records_is_an_error(tmp_path) -> None:

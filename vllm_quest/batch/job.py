@@ -13,7 +13,7 @@ from vllm_quest.batch import cluster, pipeline
 from vllm_quest.batch.pipeline import Batch
 from vllm_quest.batch.progress import Tally, progress_bar
 from vllm_quest.batch.source import Chunk, chunks, locate
-from vllm_quest.batch.summary import Summary, Totals, read_totals
+from vllm_quest.batch.summary import Summary, Totals, read_totals, remove_unfinished
 
 RUN_FILE, SUMMARY_FILE = "run.json", "summary.json"
 
@@ -40,6 +40,7 @@ def run(batch: Batch, address: str | None, verbose: bool = False) -> Summary:
     before, start = read_totals(batch.output), time.monotonic()
     _claim(batch, cut, before)
     nodes = _answer(batch, address, cut, before, verbose) if before.rows < rows else {}
+    remove_unfinished(batch.output)
     totals = read_totals(batch.output)
     if totals.rows != rows:
         raise JobError(f"{rows - totals.rows} of {rows} rows have no record; run the same command again")

@@ -52,7 +52,10 @@ def progress_bar(tally: ray.actor.ActorHandle, rows: int, before: Totals) -> Ite
 
     def show(bar: tqdm) -> None:
         answer: Any = tally.read.remote()
-        totals: Totals = ray.get(answer)
+        try:
+            totals: Totals = ray.get(answer)
+        except ray.exceptions.RayActorError:  # the actor's node is gone; the batch does not need it
+            return
         bar.n = min(rows, before.rows + totals.rows)
         speed = totals.completion_tokens / (time.monotonic() - start)
         bar.set_postfix_str(f"{before.errors + totals.errors} errors, {speed:.0f} tokens/s")

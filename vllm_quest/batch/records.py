@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -62,7 +63,7 @@ def _choice(row: dict[str, Any]) -> dict[str, Any]:
         choice["logprobs"] = None if steps is None else {"content": _logprobs(steps, ids)}
     else:
         choice["text"] = text
-        choice["logprobs"] = None if steps is None else _logprobs(steps, ids)
+        choice["logprobs"] = None if steps is None else _completion_logprobs(_logprobs(steps, ids))
     return choice
 
 
@@ -79,6 +80,19 @@ def _logprobs(steps: list[dict[Any, dict]], ids: list[int]) -> list[dict[str, An
         top = sorted(by_id.values(), key=lambda logprob: logprob["rank"])
         entries.append(entry(by_id[token_id]) | {"top_logprobs": [entry(logprob) for logprob in top]})
     return entries
+
+
+def _completion_logprobs(entries: list[dict[str, Any]]) -> dict[str, list]:
+    """The same as the completions API has it."""
+    tokens = [entry["token"] for entry in entries]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [
+            {top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries
+        ],
+        "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
+    }
 
 
 def jsonl(block: pa.Table) -> bytes:

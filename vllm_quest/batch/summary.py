@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from vllm_quest.batch.source import locate
+
+RAY_NAME = re.compile("[0-9a-f]{32}_[0-9]{6}")  # id of the write, number of its task
 
 
 class Totals(NamedTuple):
@@ -58,18 +61,28 @@ def read_totals(output: str) -> Totals:
     return totals
 
 
+def remove_unfinished(output: str) -> None:
+    """Removes files of records that nobody noted as finished: a task of a killed run may write one late."""
+    filesystem, folder = locate(output)
+    finished = {path for _, path in _finished_files(output)}
+    for name, path in _files(filesystem, folder).items():
+        if path not in finished and RAY_NAME.fullmatch(name):
+            filesystem.delete_file(path)
+
+
 def _finished_files(output: str) -> Iterator[tuple[pyarrow.fs.FileSystem, str]]:
     """Files whose rows Ray Data has noted as finished: it names both alike."""
     filesystem, folder = locate(output)
-    _, notes = locate(checkpoint_path(output))
+    finished = _files(*locate(checkpoint_path(output)))
+    return (
+        (filesystem, path) for name, path in sorted(_files(filesystem, folder).items()) if name in finished
+    )
 
-    def names(path: str) -> dict[str, str]:
-        selector = pyarrow.fs.FileSelector(path, allow_not_found=True)
-        files = filesystem.get_file_info(selector)
-        return {file.base_name.rpartition(".")[0]: file.path for file in files if file.is_file}
 
-    finished = names(notes)
-    return ((filesystem, path) for name, path in sorted(names(folder).items()) if name in finished)
+def _files(filesystem: pyarrow.fs.FileSystem, folder: str) -> dict[str, str]:
+    """Paths by name without suffix."""
+    files = filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
+    return {file.base_name.rpartition(".")[0]: file.path for file in files if file.is_file}
 
 
 def _records(filesystem: pyarrow.fs.FileSystem, path: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
