@@ -1,7 +1,7 @@
 """One decode step of one layer from a thousand tokens to a million: where its time goes.
 
-    python -m benchmarks.context_cost [--contexts 1024 ... 1048576] [--page-sizes 8 16 32] [--kv-heads 2]
-        [--budget 2048] [--repeats 15] [--json PATH] [--plot PATH]
+    python -m benchmarks.context_cost [--contexts 1024 ... 1048576] [--page-sizes 8 16 32]
+        [--metadata-dtypes auto int8] [--kv-heads 2] [--repeats 15] [--json PATH] [--plot PATH]
 
 No model: a random cache, the compiled CPU operations, and vLLM's dense kernel in turns with them: the
 contenders of `benchmarks.cpu_kernels`. Two KV heads keep a million tokens of K and V at 2 GiB (group 4, head
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from benchmarks.machine import bandwidth, command, machine
 from benchmarks.results_file import ResultsError, ResultsFile
 from benchmarks.roofline import Geometry, Step
 from benchmarks.tables import table
+from benchmarks.throughput_pair import quest_bytes
+from vllm_quest.config import METADATA_DTYPES, QuestConfig
 
 BLOCK_SIZE = 128  # vLLM's on CPUs
 DTYPE = torch.float32
@@ -49,45 +52,42 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     about = {**command(), **machine(), "shape": shape, "threads": torch.get_num_threads()}
     about |= {"token_budget": TOKEN_BUDGET, "repeats": arguments.repeats}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    results = ResultsFile(arguments.json, about, ("page_size", "context"))
+    results = ResultsFile(arguments.json, about, ("page_size", "metadata_dtype", "context"))
     deadline = time.monotonic() + 60 * arguments.minutes
     torch.manual_seed(0)
     dense = None
-    for page_size in arguments.page_sizes:
-        contexts = [c for c in arguments.contexts if not results.find(page_size=page_size, context=c)]
+    for page_size, metadata_dtype in product(arguments.page_sizes, arguments.metadata_dtypes):
+        pages = {"page_size": page_size, "metadata_dtype": metadata_dtype}
+        contexts = [c for c in arguments.contexts if not results.find(**pages, context=c)]
         if not contexts or time.monotonic() > deadline:
             continue
         tokens = max(arguments.contexts)
         dense = dense or Dense(BLOCK_SIZE, tokens, DTYPE, arguments.kv_heads)
-        quest = Quest(BLOCK_SIZE, page_size, tokens, DTYPE, arguments.kv_heads)
+        quest = Quest(BLOCK_SIZE, page_size, tokens, DTYPE, arguments.kv_heads, metadata_dtype)
         speed = bandwidth()
         for context in contexts:
             print(f"{quest.name}, {context:,} tokens", file=sys.stderr, flush=True)
             times = measure([dense, quest], context, arguments.repeats, DTYPE)
-            results.add(
-                _row(page_size, context, arguments.kv_heads, speed, times[dense.name], times[quest.name])
+            step = Step(
+                Geometry(GROUP * arguments.kv_heads, arguments.kv_heads, HEAD_SIZE),
+                batch=1,
+                context=context,
+                token_budget=TOKEN_BUDGET,
+                page_size=page_size,
+                block_size=BLOCK_SIZE,
+                element_size=DTYPE.itemsize,
+                **quest_bytes(QuestConfig(**pages), HEAD_SIZE),
             )
+            results.add({**pages, **summary(step, speed, times[dense.name], times[quest.name])})
     return results.rows
 
 
-def _row(
-    page_size: int, context: int, kv_heads: int, speed: float, dense: np.ndarray, quest: np.ndarray
-) -> dict[str, Any]:
-    """Medians in milliseconds, and the limit that the bytes set."""
-    step = Step(
-        Geometry(GROUP * kv_heads, kv_heads, HEAD_SIZE),
-        batch=1,
-        context=context,
-        token_budget=TOKEN_BUDGET,
-        page_size=page_size,
-        block_size=BLOCK_SIZE,
-        element_size=DTYPE.itemsize,
-    )
+def summary(step: Step, speed: float, dense: np.ndarray, quest: np.ndarray) -> dict[str, Any]:
+    """Medians in milliseconds, and the limit that the bytes set; both arrays ``[repeats, parts]``."""
     totals = np.median(dense.sum(1)), np.median(quest.sum(1))
     ratios = dense.sum(1) / quest.sum(1)
     return {
-        "page_size": page_size,
-        "context": context,
+        "context": step.context,
         "bandwidth": speed,
         "dense_ms": float(totals[0]),
         "quest_ms": float(totals[1]),
@@ -104,13 +104,23 @@ def _row(
 
 def report(rows: list[dict[str, Any]]) -> str:
     """All rows, then where scoring begins to dominate."""
-    columns = ["page", "context", "dense ms", "of limit", "QUEST ms", "of limit", "faster by", "p10-p90"]
+    columns = [
+        "page",
+        "bounds",
+        "context",
+        "dense ms",
+        "of limit",
+        "QUEST ms",
+        "of limit",
+        "faster by",
+        "p10-p90",
+    ]
     lines = []
-    for row in sorted(rows, key=lambda row: (row["page_size"], row["context"])):
+    for row in sorted(rows, key=lambda row: (row["page_size"], row["metadata_dtype"], row["context"])):
         ratio = row["ratio"]
         lines.append(
             [
-                *(str(row["page_size"]), f"{row['context']:,}"),
+                *(str(row["page_size"]), row["metadata_dtype"], f"{row['context']:,}"),
                 *(f"{row['dense_ms']:.3f}", f"{100 * row['dense_limit_ms'] / row['dense_ms']:.0f} %"),
                 *(f"{row['quest_ms']:.3f}", f"{100 * row['quest_limit_ms'] / row['quest_ms']:.0f} %"),
                 *(f"{ratio['median']:.2f}x", f"{ratio['p10']:.2f}-{ratio['p90']:.2f}"),
@@ -118,21 +128,21 @@ def report(rows: list[dict[str, Any]]) -> str:
             ]
         )
     text = "\n" + table([*columns, *PARTS], lines) + "\n"
-    for page_size in sorted({row["page_size"] for row in rows}):
-        text += f"\n{page_size}-token pages: " + "; ".join(
+    for page_size, metadata_dtype in sorted({(row["page_size"], row["metadata_dtype"]) for row in rows}):
+        mine = [r for r in rows if (r["page_size"], r["metadata_dtype"]) == (page_size, metadata_dtype)]
+        text += f"\n{page_size}-token pages, bounds {metadata_dtype}: " + "; ".join(
             f"scoring takes more than {words} from {context:,} tokens on"
-            if (context := first_where_scoring_exceeds(rows, page_size, share))
+            if (context := first_where_scoring_exceeds(mine, share))
             else f"scoring never takes more than {words}"
             for share, words in ((0.25, "a quarter of the step"), (0.5, "half"), (0.75, "three quarters"))
         )
     return text
 
 
-def first_where_scoring_exceeds(rows: list[dict[str, Any]], page_size: int, share: float) -> int | None:
+def first_where_scoring_exceeds(rows: list[dict[str, Any]], share: float) -> int | None:
     """The shortest measured context from which on scoring takes more than `share` of the step."""
     found = None
-    mine = [row for row in rows if row["page_size"] == page_size]
-    for row in sorted(mine, key=lambda row: row["context"], reverse=True):
+    for row in sorted(rows, key=lambda row: row["context"], reverse=True):
         if row["parts_ms"]["score"] <= share * sum(row["parts_ms"].values()):
             break
         found = row["context"]
@@ -145,6 +155,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in range(10, 21)])
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--metadata-dtypes", nargs="+", choices=METADATA_DTYPES, default=["auto"])
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, help="results; what is in it is not measured again")

@@ -102,15 +102,26 @@ class Quest:
     """The four operations."""
 
     def __init__(
-        self, block_size: int, page_size: int, tokens: int, dtype: torch.dtype, kv_heads: int = KV_HEADS
+        self,
+        block_size: int,
+        page_size: int,
+        tokens: int,
+        dtype: torch.dtype,
+        kv_heads: int = KV_HEADS,
+        metadata_dtype: str = "auto",
     ) -> None:
-        self.name = f"QUEST, {page_size}-token pages"
+        bounds_name = "" if metadata_dtype == "auto" else f", {metadata_dtype} bounds"
+        self.name = f"QUEST, {page_size}-token pages{bounds_name}"
         self.block_size, self.page_size, self.tokens, self.kv_heads = block_size, page_size, tokens, kv_heads
-        layout = PageLayout(block_size, page_size, HEAD_SIZE, for_cpu=True, dtype=dtype)
+        layout = PageLayout(
+            block_size, page_size, HEAD_SIZE, for_cpu=True, dtype=dtype, metadata_dtype=metadata_dtype
+        )
         cache = random_cache(tokens // block_size, kv_heads, block_size, layout.content_size, dtype)
         self.views = layout.views(cache)
-        bounds = self.views.bounds.values
-        bounds.copy_(bounds.sort(dim=3).values)
+        bounds = self.views.bounds
+        bounds.values.copy_(bounds.values.sort(dim=3).values)
+        if bounds.params is not None:  # random bytes are no offsets and scales
+            bounds.params.copy_(torch.tensor([-1, 2 / 255]))
         start = time.perf_counter()
         cpu.warm_up(HEAD_SIZE, kv_heads * GROUP, kv_heads, page_size, block_size, dtype, "max")
         self.compile_seconds = time.perf_counter() - start

@@ -14,20 +14,19 @@ COLOURS = {"store": "#9e9e9e", "score": "#d95f02", "select": "#7570b3", "attend"
 
 
 def plot_context_cost(rows: list[dict[str, Any]], path: Path) -> None:
-    """Left: dense and QUEST by page size over the context. Right: the parts of a step of 16-token pages."""
+    """Left: dense and QUEST by kind of page over the context. Right: the parts of QUEST's step."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    page_sizes = sorted({row["page_size"] for row in rows})
-    shown = 16 if 16 in page_sizes else page_sizes[0]
-    for page_size in page_sizes:
-        mine = _of(rows, page_size)
+    kinds = sorted({(row["page_size"], row["metadata_dtype"]) for row in rows})
+    shown = (16, "auto") if (16, "auto") in kinds else kinds[0]
+    for kind in kinds:
+        mine = _of(rows, kind)
         contexts = [row["context"] for row in mine]
-        if page_size == shown:
+        if kind == shown:
             left.plot(contexts, [row["dense_ms"] for row in mine], "k-o", markersize=3, label="dense (vLLM)")
             limit = [row["quest_limit_ms"] for row in mine]
-            left.plot(contexts, limit, "k:", linewidth=1, label=f"QUEST's limit, page {shown}")
-        left.plot(
-            contexts, [row["quest_ms"] for row in mine], "-o", markersize=3, label=f"QUEST, page {page_size}"
-        )
+            left.plot(contexts, limit, "k:", linewidth=1, label=f"limit of {_kind(shown)}")
+        times = [row["quest_ms"] for row in mine]
+        left.plot(contexts, times, "-o", markersize=3, label=f"QUEST, {_kind(kind)}")
     left.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms per step and layer")
     left.set_title("One decode step")
     left.legend(fontsize=8)
@@ -39,7 +38,7 @@ def plot_context_cost(rows: list[dict[str, Any]], path: Path) -> None:
         colors=list(COLOURS.values()),
     )
     right.set(xscale="log", ylim=(0, 1), xlabel="context, tokens", ylabel="share of QUEST's step")
-    right.set_title(f"Where the time goes, {shown}-token pages")
+    right.set_title(f"Where the time goes, {_kind(shown)}")
     right.legend(fontsize=8, loc="lower left")
     ticks = [row["context"] for row in mine[::2]]
     for axes in (left, right):
@@ -93,5 +92,11 @@ def _short(tokens: int) -> str:
     return str(tokens)
 
 
-def _of(rows: list[dict[str, Any]], page_size: int) -> list[dict[str, Any]]:
-    return sorted((row for row in rows if row["page_size"] == page_size), key=lambda row: row["context"])
+def _kind(kind: tuple[int, str]) -> str:
+    page_size, metadata_dtype = kind
+    return f"page {page_size}" + ("" if metadata_dtype == "auto" else f", {metadata_dtype} bounds")
+
+
+def _of(rows: list[dict[str, Any]], kind: tuple[int, str]) -> list[dict[str, Any]]:
+    mine = [row for row in rows if (row["page_size"], row["metadata_dtype"]) == kind]
+    return sorted(mine, key=lambda row: row["context"])
