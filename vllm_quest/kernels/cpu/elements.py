@@ -19,10 +19,11 @@ STORED_AS = {
     "float32": F32,
     "float16": ir.HalfType(),
     "bfloat16": ir.IntType(16),
+    "uint8": ir.IntType(8),
     "int32": I32,
     "int64": ir.IntType(64),
 }
-SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int32": 4, "int64": 8}
 
 
 class Pointer(types.Type):
@@ -70,15 +71,20 @@ def read(builder, address, dtype: str, lanes: int):
     if dtype == "float16":
         return builder.fpext(bits, ir.VectorType(F32, lanes))
     wide = ir.VectorType(I32, lanes)
+    if dtype == "uint8":
+        return builder.sitofp(builder.zext(bits, wide), ir.VectorType(F32, lanes))
     return builder.bitcast(
         builder.shl(builder.zext(bits, wide), wide([16] * lanes)), ir.VectorType(F32, lanes)
     )
 
 
 def write(builder, vector, address, dtype: str) -> None:
-    """Stores float32 values as `dtype`, rounded to nearest even."""
+    """Stores float32 values as `dtype`, rounded to nearest even; uint8 takes whole numbers, 0 to 255."""
     lanes = vector.type.count
-    if dtype == "float16":
+    if dtype == "uint8":
+        whole = builder.fptosi(vector, ir.VectorType(I32, lanes))
+        vector = builder.trunc(whole, ir.VectorType(STORED_AS[dtype], lanes))
+    elif dtype == "float16":
         vector = builder.fptrunc(vector, ir.VectorType(STORED_AS[dtype], lanes))
     elif dtype == "bfloat16":
         wide = ir.VectorType(I32, lanes)

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import torch
 
-from vllm_quest.layout import PageBounds
+from vllm_quest.layout import Int4Keys, Int4Values, PageBounds
 
 # OpenMP costs 2 us a launch here, numba's own work queue over 100 us.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
@@ -25,9 +25,10 @@ CACHE_LINE = 64  # bytes; elsewhere prefetching does too little or twice the wor
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # Every kernel holds this as a free variable. Numba's cache on disk looks at the kernel's own file only; this
-# makes it notice a change of the instructions that the kernel is written in.
+# makes it notice a change of the instructions and functions that the kernel is written in.
+SHARED = ("bounds", "elements", "memory", "nibbles", "rounding", "runs", "simd", "softmax")
 INSTRUCTIONS = hashlib.sha256(
-    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("elements.py", "memory.py", "simd.py"))
+    b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in SHARED)
 ).hexdigest()
 
 
@@ -49,6 +50,13 @@ def chunks_for_balance(items: int, threads: int, most: int) -> int:
     if items % threads == 0 or items >= 8 * threads:
         return 1
     return max(1, min(most, -(-4 * threads // items)))
+
+
+def bound_addresses(bounds: PageBounds) -> tuple[int, ...]:
+    """Address, stride of a block and of a head of the values, then of the params; 0 where there are none."""
+    values, params = bounds
+    found = (values.data_ptr(), values.stride(0), values.stride(1))
+    return (*found, 0, 0, 0) if params is None else (*found, params.data_ptr(), *params.stride()[:2])
 
 
 def check_floating(name: str, tensor: torch.Tensor, dims: int) -> str:
@@ -103,10 +111,81 @@ def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> str:
     return dtype
 
 
+def check_new_tokens(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tokens: int,
+    kv_heads: int,
+    head_size: int,
+    dtype: str | None = None,
+) -> str:
+    """The dtype's name, if both are ``[T, H, D]`` of this dtype, or of any one, with contiguous heads."""
+    dtype = dtype or check_floating("key", key, 3)
+    for name, tensor in (("key", key), ("value", value)):
+        if (
+            check_floating(name, tensor, 3) != dtype
+            or len(tensor) < tokens
+            or tensor.shape[1:] != (kv_heads, head_size)
+            or tensor.stride(2) != 1
+        ):
+            raise ValueError(
+                f"{name}: expected [{tokens}, {kv_heads}, {head_size}] {dtype}, heads contiguous, got "
+                f"{tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
+            )
+    return dtype
+
+
+def check_int4(key_cache: Int4Keys, value_cache: Int4Values) -> tuple[int, ...]:
+    """B, H, P, S / 2 and D, if K's pages are channel-major, V's token-major, and V's params contiguous."""
+    codes, residual, _ = key_cache
+    blocks, heads, pages, half, dim = codes.shape
+    expected = {
+        "key_cache": (codes, (blocks, heads, pages, half, dim), (half * dim, 1, half)),
+        "key_cache.residual": (residual, (blocks, heads, half, dim), (1, half)),
+        "value_cache": (value_cache.codes, (blocks, heads, pages, half, dim), (half * dim, dim, 1)),
+    }
+    for name, (tensor, shape, strides) in expected.items():
+        if tensor.dtype != torch.uint8 or tensor.shape != shape or tensor.stride()[2:] != strides or dim % 16:
+            raise ValueError(
+                f"{name}: expected {shape} torch.uint8 with strides (.., .., {strides}), a head size that is a "
+                f"multiple of 16, got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
+            )
+    params, size = value_cache.params, 2 * half * pages
+    groups = params.shape[3]
+    if (
+        params.dtype != torch.bfloat16
+        or params.shape != (blocks, heads, size, groups, 2)
+        or params.stride()[2:] != (groups * 2, 2, 1)
+        or dim % groups
+    ):
+        raise ValueError(
+            f"value_cache.params: expected [{blocks}, {heads}, {size}, G, 2] torch.bfloat16 with contiguous "
+            f"[N, G, 2], got {tuple(params.shape)} {params.dtype} with strides {params.stride()}"
+        )
+    return blocks, heads, pages, half, dim
+
+
 def check_bounds(bounds: PageBounds, head_size: int) -> str:
-    """The dtype's name, if the values are ``[B, H, P, 2, D]`` with contiguous ``[P, 2, D]``."""
-    values = bounds.values
-    dtype = check_floating("bounds", values, 5)
+    """The dtype's name, if values are ``[B, H, P, 2, D]`` with contiguous ``[P, 2, D]``, params likewise."""
+    values, params = bounds
+    if params is None:
+        dtype = check_floating("bounds", values, 5)
+    elif values.dim() != 5 or values.dtype != torch.uint8 or not values.is_cpu:
+        raise ValueError(
+            f"bounds: expected codes [B, H, P, 2, D] of torch.uint8 on the CPU beside offsets and scales, "
+            f"got {tuple(values.shape)} {values.dtype} on {values.device}"
+        )
+    else:
+        dtype = "uint8"
+        if (
+            params.dtype != torch.float32
+            or params.shape != (*values.shape[:3], 2)
+            or params.stride()[2:] != (2, 1)
+        ):
+            raise ValueError(
+                f"bounds: expected offsets and scales [B, H, P, 2] of torch.float32 with contiguous [P, 2], "
+                f"got {tuple(params.shape)} {params.dtype} with strides {params.stride()}"
+            )
     if (
         values.shape[3:] != (2, head_size)
         or values.stride()[2:] != (2 * head_size, head_size, 1)

@@ -98,6 +98,15 @@ def load(typingctx, ptr, lanes):
 
 
 @intrinsic
+def load_like(typingctx, ptr, tile):
+    """As many consecutive elements as a vector of `tile` has."""
+    result = Tile(1, 1, tile.lanes)
+    return result(ptr, tile), lambda context, builder, sig, args: join(
+        builder, [read(builder, args[0], ptr.dtype, result.lanes)]
+    )
+
+
+@intrinsic
 def load_tile(typingctx, ptr, row_stride, rows, cols, lanes):
     """A tile whose rows of ``cols * lanes`` elements are `row_stride` elements apart."""
     result = Tile(constant(rows), constant(cols), constant(lanes))

@@ -15,6 +15,7 @@ from vllm_quest.kernels.cpu.launch import (
     CACHE_LINE,
     INSTRUCTIONS,
     KERNEL_OPTIONS,
+    bound_addresses,
     check_bounds,
     check_integers,
     check_query,
@@ -63,18 +64,20 @@ def score_kernel(dtype: str, query_dtype: str, head_size: int, group: int, pages
     build = INSTRUCTIONS
     query_size = group * head_size
     line = CACHE_LINE // SIZE[dtype]
+    coded = dtype == "uint8"
     by_head = reduce == "softmax_mean"
     take_mean = reduce == "mean"
 
     @njit(**KERNEL_OPTIONS)
     def kernel(
-        threads, counter, query, query_row, query_head, bounds, bounds_block, bounds_head, block_table,
-        table_row, num_pages, out, width, rows, kv_heads, chunks, chunk_blocks,
+        threads, counter, query, query_row, query_head, bounds, bounds_block, bounds_head, params,
+        params_block, params_head, block_table, table_row, num_pages, out, width, rows, kv_heads, chunks,
+        chunk_blocks,
     ):  # fmt: skip
         build  # noqa: B018
         for _ in prange(threads):
             positive, negative = stack("float32", query_size), stack("float32", query_size)
-            sums = stack("float32", group)
+            sums, query_sums = stack("float32", group), stack("float32", group)
             while True:
                 item = next_item(pointer(counter, "int64"))
                 row, head, chunk = item // (kv_heads * chunks), item // chunks % kv_heads, item % chunks
@@ -87,11 +90,14 @@ def score_kernel(dtype: str, query_dtype: str, head_size: int, group: int, pages
                 # max(q * kmin, q * kmax) is q * kmax where q > 0 and q * kmin where q < 0.
                 for g in range(group):
                     source = row * query_row + (head * group + g) * query_head
+                    nothing = splat(np.float32(0), LANES)
+                    total = nothing
                     for channel in range(0, head_size, LANES):
                         q = load(advance(pointer(query, query_dtype), source + channel), LANES)
-                        nothing = splat(np.float32(0), LANES)
+                        total = add(total, q)
                         store(advance(positive, g * head_size + channel), 0, maximum(q, nothing))
                         store(advance(negative, g * head_size + channel), 0, minimum(q, nothing))
+                    put(query_sums, g, sum_tile(total))
                 scores = advance(pointer(out, "float32"), (row * kv_heads + head) * width)
                 for page in range(first_page, min(pages, first_page + chunk_blocks * pages_per_block)):
                     table = advance(pointer(block_table, "int32"), row * table_row)
@@ -112,6 +118,11 @@ def score_kernel(dtype: str, query_dtype: str, head_size: int, group: int, pages
                         tile = multiply_add_rows(tile, advance(negative, channel), head_size, low)
                         tile = multiply_add_rows(tile, advance(positive, channel), head_size, high)
                     put_row_sums(sums, tile)
+                    if coded:  # A bound is a + s * code: its product with q is a * sum(q) + s * (q . code).
+                        base = advance(pointer(params, "float32"), head * params_head)
+                        pair = page_start(base, params_block, table, page, pages_per_block, 2)
+                        for g in range(group):
+                            put(sums, g, get(pair, 0) * get(query_sums, g) + get(pair, 1) * get(sums, g))
                     if by_head:
                         for g in range(group):
                             place = ((row * kv_heads + head) * group + g) * width + page
@@ -173,7 +184,7 @@ def score_pages(
 
     Args:
         query: ``[R, Hq, D]`` float32, bfloat16 or float16; query head h reads KV head ``h // (Hq / H)``.
-        bounds: kmin and kmax of each page, each ``[P, 2, D]`` contiguous.
+        bounds: kmin and kmax of each page, each ``[P, 2, D]`` contiguous, in any dtype or as codes.
         block_table: ``[R, M]`` int32, the row's blocks in order.
         num_pages: ``[R]`` int32, pages in the context of each row, at most ``M * P``.
         scale: What attention multiplies q . k with; matters to ``softmax_mean`` only.
@@ -200,8 +211,8 @@ def score_pages(
     chunk_blocks = max(1, CHUNK_PAGES // pages_per_block)
     kernel(
         threads, counter.ctypes.data, query.data_ptr(), query.stride(0), query.stride(1),
-        values.data_ptr(), values.stride(0), values.stride(1), block_table.data_ptr(), block_table.stride(0),
-        num_pages.data_ptr(), target.data_ptr(), target.shape[2], rows, kv_heads,
+        *bound_addresses(bounds), block_table.data_ptr(), block_table.stride(0), num_pages.data_ptr(),
+        target.data_ptr(), target.shape[2], rows, kv_heads,
         max(1, -(-block_table.shape[1] // chunk_blocks)), chunk_blocks,
     )  # fmt: skip
     if group_reduce == "softmax_mean":

@@ -65,6 +65,15 @@ def splat(typingctx, value, lanes):
     )
 
 
+@intrinsic
+def splat_like(typingctx, value, tile):
+    """The value in every lane of a vector as long as those of `tile`."""
+    result = Tile(1, 1, tile.lanes)
+    return result(types.float32, tile), lambda context, builder, sig, args: join(
+        builder, [splat_vector(builder, args[0], result.lanes)]
+    )
+
+
 def elementwise(combine):
     """An intrinsic that applies `combine(builder, a, b)` to each pair of vectors of two tiles."""
 
@@ -85,6 +94,16 @@ maximum = elementwise(lambda builder, a, b: call(builder, "maxnum", a.type, [a, 
 minimum = elementwise(lambda builder, a, b: call(builder, "minnum", a.type, [a, b], ("nsz",)))
 
 
+def add_outer(builder, vectors: list, tile: Tile, column, column_stride, row: list) -> None:
+    """Adds ``column[i * column_stride] * row[j]`` to ``vectors[i, j]`` in place."""
+    for i in range(tile.rows):
+        scalar = builder.load(builder.gep(column, [builder.mul(column_stride, column_stride.type(i))]))
+        left = splat_vector(builder, scalar, tile.lanes)
+        for j in range(tile.cols):
+            at = i * tile.cols + j
+            vectors[at] = call(builder, "fma", left.type, [left, row[j], vectors[at]])
+
+
 @intrinsic
 def multiply_add_outer(typingctx, tile, column, column_stride, row):
     """``tile[i, j] + column[i * column_stride] * row[j]``: one step of a matrix product.
@@ -99,12 +118,7 @@ def multiply_add_outer(typingctx, tile, column, column_stride, row):
             read(builder, address, row.dtype, tile.lanes)
             for address in addresses(builder, args[3], args[2], single_row)
         ]
-        for i in range(tile.rows):
-            scalar = builder.load(builder.gep(args[1], [builder.mul(args[2], args[2].type(i))]))
-            left = splat_vector(builder, scalar, tile.lanes)
-            for j in range(tile.cols):
-                at = i * tile.cols + j
-                vectors[at] = call(builder, "fma", left.type, [left, right[j], vectors[at]])
+        add_outer(builder, vectors, tile, args[1], args[2], right)
         return join(builder, vectors)
 
     return tile(tile, Pointer("float32"), types.int64, row), codegen

@@ -9,22 +9,38 @@ import torch
 from numba import njit, prange
 
 from vllm_quest.config import PAGE_SIZES
+from vllm_quest.kernels.cpu.bounds import write_codes
 from vllm_quest.kernels.cpu.elements import SIZE
 from vllm_quest.kernels.cpu.launch import (
     CACHE_LINE,
     INSTRUCTIONS,
     KERNEL_OPTIONS,
+    bound_addresses,
     check_bounds,
     check_caches,
     check_integers,
+    check_new_tokens,
     chunks_for_balance,
     new_counter,
     use_torch_threads,
 )
-from vllm_quest.kernels.cpu.memory import advance, copy, get, load_tile, next_item, pointer, prefetch, scatter
+from vllm_quest.kernels.cpu.memory import (
+    advance,
+    copy,
+    get,
+    load,
+    load_tile,
+    next_item,
+    pointer,
+    prefetch,
+    scatter,
+    stack,
+)
 from vllm_quest.kernels.cpu.memory import store as store_tile
+from vllm_quest.kernels.cpu.runs import chunk_start, run_end
 from vllm_quest.kernels.cpu.simd import filled, first_lanes, max_of_rows, maximum, min_of_rows, minimum
-from vllm_quest.layout import KeyCache, PageBounds, ValueCache
+from vllm_quest.kernels.cpu.store_int4 import store_int4
+from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, PageBounds, ValueCache
 
 __all__ = ["store"]
 
@@ -32,14 +48,15 @@ LANES = 16
 
 
 @cache
-def store_kernel(dtype: str, head_size: int, page_size: int, block_size: int):
+def store_kernel(dtype: str, bounds_dtype: str, head_size: int, page_size: int, block_size: int):
     """The kernel of one configuration.
 
-    A work item is (KV head, range of channels). It walks all tokens, so that no two threads write the same
-    page's bounds, and the bounds are computed after the last token of a run that lies in one page.
+    A work item is (KV head, chunk of tokens). The bounds of a page are computed after the last token of a run
+    that lies in it.
     """
     build = INSTRUCTIONS
-    vectors = head_size // LANES
+    coded = bounds_dtype == "uint8"
+    bounds_size = 2 * head_size
     lanes = min(LANES, page_size)
     line = CACHE_LINE // SIZE[dtype]
 
@@ -47,19 +64,20 @@ def store_kernel(dtype: str, head_size: int, page_size: int, block_size: int):
     def kernel(
         threads, counter, key, key_token, key_head, value, value_token, value_head, key_cache, key_block,
         key_block_head, value_cache, value_block, value_block_head, bounds, bounds_block, bounds_head,
-        slot_mapping, tokens, kv_heads, chunks,
+        params, params_block, params_head, slot_mapping, tokens, kv_heads, chunks,
     ):  # fmt: skip
         build  # noqa: B018
         for _ in prange(threads):
+            found = stack("float32", bounds_size)
             while True:
                 item = next_item(pointer(counter, "int64"))
                 head, chunk = item // chunks, item % chunks
                 if head >= kv_heads:
                     break
-                first, last = vectors * chunk // chunks * LANES, vectors * (chunk + 1) // chunks * LANES
                 slots = pointer(slot_mapping, "int64")
-                token = 0
-                while token < tokens:
+                token = chunk_start(slots, tokens, block_size, chunk, chunks)
+                last = chunk_start(slots, tokens, block_size, chunk + 1, chunks)
+                while token < last:
                     slot = get(slots, token)
                     if slot < 0:
                         token += 1
@@ -70,24 +88,23 @@ def store_kernel(dtype: str, head_size: int, page_size: int, block_size: int):
                     )
                     place = block * value_block + head * value_block_head + start * head_size
                     values = advance(pointer(value_cache, dtype), place)
-                    place = block * bounds_block + head * bounds_head + start // page_size * 2 * head_size
-                    kmin = advance(pointer(bounds, dtype), place)
-                    for channel in range(first, last):
+                    for channel in range(head_size):
                         for part in range(0, page_size, line):
                             prefetch(advance(keys, channel * block_size + part))
-                    # A run of tokens that lie in one page, then the page's bounds.
-                    written = 0
-                    while token < tokens and get(slots, token) // page_size == slot // page_size:
-                        position = get(slots, token) % page_size
-                        k = advance(pointer(key, dtype), token * key_token + head * key_head)
-                        v = advance(pointer(value, dtype), token * value_token + head * value_head)
-                        for channel in range(first, last, LANES):
+                    written, end = 0, run_end(slots, token, last, page_size)
+                    for i in range(token, end):
+                        if get(slots, i) < 0:
+                            continue
+                        position = get(slots, i) % page_size
+                        k = advance(pointer(key, dtype), i * key_token + head * key_head)
+                        v = advance(pointer(value, dtype), i * value_token + head * value_head)
+                        for channel in range(0, head_size, LANES):
                             copy(advance(v, channel), advance(values, position * head_size + channel), LANES)
                             target = advance(keys, channel * block_size + position)
                             scatter(advance(k, channel), target, block_size, LANES)
                         written = position + 1
-                        token += 1
-                    for channel in range(first, last, lanes):
+                    token = end
+                    for channel in range(0, head_size, lanes):
                         low = filled(np.float32(np.inf), lanes, 1, lanes)
                         high = filled(np.float32(-np.inf), lanes, 1, lanes)
                         for position in range(0, written, lanes):
@@ -95,8 +112,19 @@ def store_kernel(dtype: str, head_size: int, page_size: int, block_size: int):
                             part = load_tile(source, block_size, lanes, 1, lanes)
                             low = minimum(low, first_lanes(part, written - position, np.float32(np.inf)))
                             high = maximum(high, first_lanes(part, written - position, np.float32(-np.inf)))
-                        store_tile(advance(kmin, channel), 0, min_of_rows(low))
-                        store_tile(advance(kmin, head_size + channel), 0, max_of_rows(high))
+                        store_tile(advance(found, channel), 0, min_of_rows(low))
+                        store_tile(advance(found, head_size + channel), 0, max_of_rows(high))
+                    page = start // page_size
+                    place = block * bounds_block + head * bounds_head + page * bounds_size
+                    page_bounds = advance(pointer(bounds, bounds_dtype), place)
+                    if coded:
+                        place = block * params_block + head * params_head + page * 2
+                        pair = advance(pointer(params, "float32"), place)
+                        write_codes(page_bounds, pair, head_size, found, found, False)
+                    else:
+                        for channel in range(0, bounds_size, LANES):
+                            bound = load(advance(found, channel), LANES)
+                            store_tile(advance(page_bounds, channel), 0, bound)
 
     return kernel
 
@@ -115,48 +143,44 @@ def store(
     the first slot to the last one written here. Older content of the page never enters them.
 
     Args:
-        key: ``[T, H, D]``, the cache's dtype, each head contiguous.
+        key: ``[T, H, D]``, the model's dtype, which is the cache's unless that holds codes; heads contiguous.
         value: ``[T, H, D]``, likewise.
-        key_cache: ``[B, H, N, D]``, channel-major blocks: strides ``(.., .., 1, N)``; written.
-        value_cache: ``[B, H, N, D]``, token-major blocks: strides ``(.., .., D, 1)``; written.
+        key_cache: ``[B, H, N, D]``, channel-major blocks: strides ``(.., .., 1, N)``; or 4-bit codes, with
+            channel-major pages; written.
+        value_cache: ``[B, H, N, D]``, token-major blocks: strides ``(.., .., D, 1)``; or 4-bit codes, likewise
+            token-major; written.
         bounds: kmin and kmax of each page, each ``[P, 2, D]`` contiguous; written.
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped. The
-            tokens of one page come with ascending slots.
+            tokens of one block come together, those of one page with ascending slots.
     """
+    if isinstance(key_cache, Int4Keys) and isinstance(value_cache, Int4Values):
+        store_int4(key, value, key_cache, value_cache, slot_mapping)
+        return
     assert isinstance(key_cache, torch.Tensor)
     assert isinstance(value_cache, torch.Tensor)
     dtype = check_caches(key_cache, value_cache)
     num_blocks, kv_heads, block_size, head_size = key_cache.shape
     tokens = len(slot_mapping)
-    for name, tensor in (("key", key), ("value", value)):
-        if (
-            tensor.dtype != key_cache.dtype
-            or len(tensor) < tokens
-            or tensor.shape[1:] != (kv_heads, head_size)
-            or tensor.stride(2) != 1
-        ):
-            raise ValueError(
-                f"{name}: expected [{tokens}, {kv_heads}, {head_size}] {key_cache.dtype}, heads contiguous, "
-                f"got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
-            )
+    check_new_tokens(key, value, tokens, kv_heads, head_size, dtype)
     values = bounds.values
     page_size = block_size // values.shape[2]
+    bounds_dtype = check_bounds(bounds, head_size)
     if (
-        check_bounds(bounds, head_size) != dtype
+        bounds_dtype not in (dtype, "uint8")
         or values.shape[:2] != (num_blocks, kv_heads)
         or page_size not in PAGE_SIZES
     ):
         raise ValueError(
-            f"bounds: expected [{num_blocks}, {kv_heads}, P, 2, {head_size}] {key_cache.dtype} with pages of "
-            f"{PAGE_SIZES} tokens, got {tuple(values.shape)} {values.dtype}"
+            f"bounds: expected [{num_blocks}, {kv_heads}, P, 2, {head_size}] {dtype} or codes, with "
+            f"pages of {PAGE_SIZES} tokens, got {tuple(values.shape)} {values.dtype}"
         )
     check_integers("slot_mapping", slot_mapping, torch.int64, tokens)
-    kernel = store_kernel(dtype, head_size, page_size, block_size)
+    kernel = store_kernel(dtype, bounds_dtype, head_size, page_size, block_size)
     threads, counter = use_torch_threads(), new_counter()
-    chunks = chunks_for_balance(kv_heads, threads, head_size // LANES)
+    chunks = chunks_for_balance(kv_heads, threads, max(1, tokens // block_size))
     kernel(
         threads, counter.ctypes.data, key.data_ptr(), key.stride(0), key.stride(1), value.data_ptr(),
         value.stride(0), value.stride(1), key_cache.data_ptr(), key_cache.stride(0), key_cache.stride(1),
-        value_cache.data_ptr(), value_cache.stride(0), value_cache.stride(1), values.data_ptr(),
-        values.stride(0), values.stride(1), slot_mapping.data_ptr(), tokens, kv_heads, chunks,
+        value_cache.data_ptr(), value_cache.stride(0), value_cache.stride(1),
+        *bound_addresses(bounds), slot_mapping.data_ptr(), tokens, kv_heads, chunks,
     )  # fmt: skip
