@@ -123,7 +123,7 @@ class Quest:
         if bounds.params is not None:  # random bytes are no offsets and scales
             bounds.params.copy_(torch.tensor([-1, 2 / 255]))
         start = time.perf_counter()
-        cpu.warm_up(HEAD_SIZE, kv_heads * GROUP, kv_heads, page_size, block_size, dtype, "max")
+        cpu.warm_up(layout, kv_heads * GROUP, kv_heads, "max")
         self.compile_seconds = time.perf_counter() - start
 
     def prepare(self, context: int) -> None:

@@ -59,7 +59,7 @@ class QuestConfig:
         value_group_size: Channels of V that share a zero point and a scale, with ``int4``: 32, 64 or 128;
             None for one group per head.
         value_threshold: t: V rows are not read where no query head of the group has e^-t of its largest
-            probability. A positive number, GPUs only; None reads every V row of the selected pages. The
+            probability. A positive number; None reads every V row of the selected pages. The
             counters count them as read.
         decode_tail: The last N tokens of a prompt select pages as if they had been decoded one by one; for
             measuring. Needs whole prompts, ``enable_chunked_prefill=False``, and neither ``softmax_mean`` nor

@@ -55,6 +55,17 @@ class PagedCache:
         used = {block for context in self.requests.values() for block in context.blocks}
         self.free.extend(block for block in done.blocks if block not in used)
 
+    def reject(self, request: int, count: int) -> None:
+        """Forgets the last tokens, as after a rejected draft: at most `count`, none of a shared block."""
+        context = self.requests[request]
+        others = [other.blocks for other in self.requests.values() if other is not context]
+        for _ in range(min(count, len(context.keys))):
+            block = context.blocks[(len(context.keys) - 1) // self.layout.block_size]
+            if any(block in blocks for blocks in others):
+                break
+            context.keys.pop()
+            context.values.pop()
+
     def append(
         self, store, counts: dict[int, int], padding: int = 0, key: torch.Tensor | None = None
     ) -> None:

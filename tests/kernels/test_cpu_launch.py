@@ -11,28 +11,46 @@ from tests.kernels.cache import PagedCache
 from vllm_quest.kernels import cpu
 from vllm_quest.layout import PageBounds
 
-MODULES = [sys.modules[f"vllm_quest.kernels.cpu.{name}"] for name in ("store", "score", "select", "attend")]
+MODULES = [
+    sys.modules[f"vllm_quest.kernels.cpu.{name}"]
+    for name in ("store", "store_int4", "score", "select", "attend", "attend_int4", "dequantize")
+]
 FACTORIES = [getattr(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
 
 
-@pytest.mark.parametrize("reduce", ["max", "softmax_mean"])
-def test_warm_up_compiles_everything(reduce) -> None:
-    cpu.warm_up(80, 16, 1, 32, 64, torch.float16, reduce)
+@pytest.mark.parametrize(
+    ("reduce", "threshold", "formats"),
+    [
+        ("max", None, {}),
+        ("softmax_mean", 6.0, {"metadata_dtype": "int8"}),
+        ("max", None, {"kv_dtype": "int4", "metadata_dtype": "int8"}),
+    ],
+)
+def test_warm_up_compiles_everything(reduce, threshold, formats) -> None:
+    cache = PagedCache(
+        num_kv_heads=1, block_size=64, page_size=32, head_size=80, dtype=torch.float16, **formats
+    )
+    cpu.warm_up(cache.layout, 16, 1, reduce, threshold)
     kernels = [factory.cache_info().misses for factory in FACTORIES]
-    cache = PagedCache(num_kv_heads=1, block_size=64, page_size=32, head_size=80, dtype=torch.float16)
     requests = [cache.new_request() for _ in range(3)]
-    compiled = count_compilations(lambda: decode(cache, requests, reduce))
+    compiled = count_compilations(lambda: decode(cache, requests, reduce, threshold))
     assert [factory.cache_info().misses for factory in FACTORIES] == kernels
     assert compiled == 0
 
 
-def decode(cache: PagedCache, requests: list[int], reduce: str) -> None:
+def decode(cache: PagedCache, requests: list[int], reduce: str, threshold: float | None) -> None:
     cache.append(cpu.store, dict.fromkeys(requests, 77), padding=3)
     table, seq_lens, num_pages = cache.rows(requests)
     query, views = torch.randn(3, 16, 80).half(), cache.pages
     scores = cpu.score_pages(query, views.bounds, table, num_pages, 0.1, reduce)
-    indices = cpu.select_pages(scores, num_pages, 3, 1, 2)
-    cpu.attend_pages(query, views.key, views.value, table, seq_lens, indices, 32, 0.1)
+    pages = cpu.select_pages(scores, num_pages, 3, 1, 2)
+    for indices in (pages, None):
+        cpu.attend_pages(
+            query, views.key, views.value, table, seq_lens, indices, 32, 0.1, value_threshold=threshold
+        )
+    if cache.layout.is_int4:
+        key, value = torch.empty(1, 1, 80, 64).half().mT, torch.empty(1, 1, 64, 80).half()
+        cpu.dequantize_blocks(views.key, views.value, table[0, :1], seq_lens[:1].clamp(max=64), key, value)
 
 
 def count_compilations(run) -> int:

@@ -14,17 +14,25 @@ from vllm_quest.kernels import cpu, reference
 
 IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 
-# One step of a serving engine: how many tokens up to three requests get, which request ends, what is shared.
-STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(["append", "append", "append", "new", "share", "finish"]),
-        st.lists(st.sampled_from([1, 1, 1, 2, 7, 8, 17, 33]), min_size=1, max_size=3),
-        st.integers(0, 3),
-        st.integers(0, 2),
-    ),
-    min_size=3,
-    max_size=14,
-)
+ACTIONS = ["append", "append", "append", "new", "share", "finish"]
+
+
+def histories(*actions: str) -> st.SearchStrategy:
+    """Steps of a serving engine: how many tokens up to three requests get, which one ends, what is shared."""
+    return st.lists(
+        st.tuples(
+            st.sampled_from(actions),
+            st.lists(st.sampled_from([1, 1, 1, 2, 7, 8, 17, 33]), min_size=1, max_size=3),
+            st.integers(0, 3),
+            st.integers(0, 2),
+        ),
+        min_size=3,
+        max_size=14,
+    )
+
+
+STEPS = histories(*ACTIONS)
+STEPS_WITH_DRAFTS = histories(*ACTIONS, "reject")
 
 
 def run_steps(cache: PagedCache, store, steps) -> None:
@@ -37,6 +45,8 @@ def run_steps(cache: PagedCache, store, steps) -> None:
             cache.new_request(prefix_of=live[pick % len(live)], prefix_blocks=1 + pick)
         elif action == "finish" and len(live) > 1:
             cache.finish(live[pick % len(live)])
+        elif action == "reject":
+            cache.reject(live[pick % len(live)], counts[0])
         room = len(cache.free) * cache.layout.block_size - 3 * cache.layout.block_size
         targets = dict(zip(cache.requests, counts, strict=False))
         if sum(targets.values()) < room:

@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_quest.backend.base import QuestBackend, QuestImpl
 from vllm_quest.backend.layers import LayerPlan
 from vllm_quest.backend.rows import BatchRows, SparseRows, split_rows, token_indices
-from vllm_quest.config import QuestConfig, QuestConfigError
+from vllm_quest.config import QuestConfig
 from vllm_quest.kernels import cpu as kernels
 from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.metrics import CounterFile
@@ -86,8 +86,6 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         config = QuestConfig.from_vllm_config(vllm_config)
-        if config.value_threshold is not None:
-            raise QuestConfigError("value_threshold", f"{config.value_threshold}", "null on a CPU")
         self.layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         self.layout = PageLayout.of(kv_cache_spec, config, self.dtype, for_cpu=True)
         # Only these two of vLLM's CPU kernels keep K as plain [D, N]; AMX, for one, packs it.
@@ -106,13 +104,11 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.any_dense_layer = bool(plan.dense)
         if plan.sparse:
             kernels.warm_up(
-                self.head_dim,
+                self.layout,
                 self.num_heads,
                 self.num_kv_heads,
-                config.page_size,
-                self.block_size,
-                self.dtype,
                 config.group_reduce,
+                config.value_threshold,
             )
         for name, layer in self.layers.items():
             layer.impl.start(config, self.layout, plan.dense.get(name))
@@ -223,4 +219,5 @@ class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
             page_indices,
             config.page_size,
             self.scale,
+            value_threshold=config.value_threshold,
         )

@@ -7,6 +7,7 @@ channel-major: a vector holds one channel of consecutive tokens, and logits need
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -14,74 +15,60 @@ import torch
 from numba import njit, prange
 
 from vllm_quest.config import PAGE_SIZES
+from vllm_quest.kernels.cpu.attend_int4 import kernel_for_int4
 from vllm_quest.kernels.cpu.elements import SIZE
 from vllm_quest.kernels.cpu.launch import (
     CACHE_LINE,
     INSTRUCTIONS,
     KERNEL_OPTIONS,
+    REGISTERS,
+    TILE_TOKENS,
+    addresses_of,
     check_caches,
     check_integers,
     check_query,
     chunks_for_balance,
+    largest_divisor,
     use_torch_threads,
 )
 from vllm_quest.kernels.cpu.memory import (
     advance,
     get,
-    load,
     load_tile,
     next_item,
     page_start,
     pointer,
     prefetch,
-    put,
     stack,
     store,
 )
-from vllm_quest.kernels.cpu.simd import (
-    add,
-    exp2,
-    max_lane,
-    maximum,
-    multiply,
-    multiply_add_outer,
-    splat,
-    subtract,
-    sum_tile,
-    zeros,
+from vllm_quest.kernels.cpu.simd import multiply_add_outer, zeros
+from vllm_quest.kernels.cpu.softmax import (
+    begin,
+    hide,
+    hide_far,
+    keep,
+    merge,
+    page_at,
+    pages_to_read,
+    raise_tops,
+    to_weights,
+    visible_tokens,
 )
-from vllm_quest.layout import KeyCache, ValueCache
+from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, ValueCache
 
 __all__ = ["attend_pages"]
 
 LANES = 16
-REGISTERS = 24  # of 32, for the tile that a loop accumulates
-TILE_TOKENS = 64  # tokens between two updates of the running maximum
 LEAST_PAGES = 8  # of one chunk, where a row's pages are cut into chunks
 LOG2_E = math.log2(math.e)
 
 
-def largest_divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, max(1, limit) + 1) if number % d == 0)
-
-
-@njit(error_model="numpy")
-def visible_tokens(page, page_size, seq_len):
-    """How many tokens of the context a page holds; 0 where the list names no page."""
-    return max(0, min(page_size, seq_len - page * page_size)) if page >= 0 else 0
-
-
-@njit(error_model="numpy")
-def scaled(source, target, head_size, factor):
-    """Writes the vector at `source`, multiplied by `factor`, to `target`."""
-    for channel in range(0, head_size, LANES):
-        values = multiply(load(advance(source, channel), LANES), splat(factor, LANES))
-        store(advance(target, channel), 0, values)
-
-
 @cache
-def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page_size: int, block_size: int):
-    """The kernel of one configuration; `group` query heads share a KV head.
+def attend_kernel(
+    dtype: str, query_dtype: str, head_size: int, group: int, page_size: int, block_size: int, skips: bool
+):
+    """The kernel of one configuration; `group` query heads share a KV head; `skips`: there is a threshold.
 
     A work item is (row, KV head, chunk of its pages). It leaves its unnormalized output, maximum and sum in
     `partial`, and the last item of a (row, KV head) to finish merges them.
@@ -97,21 +84,21 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
     tile_pages = tile_tokens // page_size
     weights_size = group * tile_tokens
     pages_per_block = block_size // page_size
-    partial_size = head_size + 2
+    partial_size = group * (head_size + 2)
     line = CACHE_LINE // SIZE[dtype]
 
     @njit(**KERNEL_OPTIONS)
     def kernel(
         threads, counter, query, query_row, query_head, key_cache, key_block, key_head, value_cache,
         value_block, value_head, block_table, table_row, seq_lens, page_indices, index_row, index_head,
-        budget, partial, out, rows, kv_heads, chunks, scale_log2,
+        budget, min_context, partial, out, rows, kv_heads, chunks, scale_log2, farthest,
     ):  # fmt: skip
         build  # noqa: B018
         for _ in prange(threads):
             q, weighted = stack("float32", query_size), stack("float32", query_size)
             tops, sums = stack("float32", group), stack("float32", group)
-            weights = stack("float32", weights_size)
-            never = np.float32(-np.inf)
+            weights, nearness = stack("float32", weights_size), stack("float32", tile_tokens)
+            limit = np.float32(farthest)
             while True:
                 item = next_item(pointer(counter, "int64"))
                 owner, chunk = item // chunks, item % chunks
@@ -123,26 +110,22 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                 keys = advance(pointer(key_cache, dtype), head * key_head)
                 values = advance(pointer(value_cache, dtype), head * value_head)
                 indices = advance(pointer(page_indices, "int32"), row * index_row + head * index_head)
-                for g in range(group):
-                    put(tops, g, never)
-                    put(sums, g, np.float32(0))
-                    source = row * query_row + (head * group + g) * query_head
-                    head_query = advance(pointer(query, query_dtype), source)
-                    scaled(head_query, advance(q, g * head_size), head_size, np.float32(scale_log2))
-                    for channel in range(0, head_size, LANES):
-                        store(advance(weighted, g * head_size + channel), 0, zeros(1, 1, LANES))
-                first, last = budget * chunk // chunks, budget * (chunk + 1) // chunks
+                every = page_indices == 0 or seq_len < min_context
+                source = advance(pointer(query, query_dtype), row * query_row + head * group * query_head)
+                begin(source, query_head, group, head_size, np.float32(scale_log2), q, weighted, tops, sums)
+                pages = pages_to_read(seq_len, page_size, budget, every)
+                first, last = pages * chunk // chunks, pages * (chunk + 1) // chunks
                 for start in range(first, last, tile_pages):
                     count = min(tile_pages, last - start)
                     for i in range(count):
-                        page = get(indices, start + i)
+                        page = page_at(indices, start + i, every)
                         seen = visible_tokens(page, page_size, seq_len)
                         if seen > 0:
                             key = page_start(keys, key_block, table, page, pages_per_block, page_size)
                             value = page_start(
                                 values, value_block, table, page, pages_per_block, page_size * head_size
                             )
-                            following = get(indices, min(start + i + 1, last - 1))
+                            following = page_at(indices, min(start + i + 1, last - 1), every)
                             if visible_tokens(following, page_size, seq_len) == 0:
                                 following = page
                             coming = page_start(keys, key_block, table, following, pages_per_block, page_size)
@@ -154,77 +137,73 @@ def attend_kernel(dtype: str, query_dtype: str, head_size: int, group: int, page
                                     # The next page's K and this page's V, which are not needed before.
                                     for part in range(0, page_size if token == 0 else 0, line):
                                         prefetch(advance(coming, channel * block_size + part))
-                                        prefetch(advance(value, channel * page_size + part))
+                                        if not skips:
+                                            prefetch(advance(value, channel * page_size + part))
                                 store(advance(weights, i * page_size + token), tile_tokens, tile)
-                        for token in range(seen, page_size):
-                            for g in range(group):
-                                put(weights, g * tile_tokens + i * page_size + token, never)
-                    for g in range(group):
-                        logits = advance(weights, g * tile_tokens)
-                        highest = splat(get(tops, g), token_lanes)
-                        for token in range(0, count * page_size, token_lanes):
-                            highest = maximum(highest, load(advance(logits, token), token_lanes))
-                        top = max_lane(highest)
-                        if top > get(tops, g):
-                            shrink = max_lane(exp2(splat(get(tops, g) - top, LANES)))
-                            put(tops, g, top)
-                            put(sums, g, get(sums, g) * shrink)
-                            head_out = advance(weighted, g * head_size)
-                            scaled(head_out, head_out, head_size, shrink)
-                        total = zeros(1, 1, token_lanes)
-                        for token in range(0, count * page_size, token_lanes):
-                            logit = load(advance(logits, token), token_lanes)
-                            weight = exp2(subtract(logit, splat(top, token_lanes)))
-                            store(advance(logits, token), 0, weight)
-                            total = add(total, weight)
-                        put(sums, g, get(sums, g) + sum_tile(total))
+                        hide(weights, tile_tokens, group, i * page_size + seen, (i + 1) * page_size)
+                    tokens = (count * page_size + LANES - 1) // LANES * LANES
+                    hide(weights, tile_tokens, group, count * page_size, tokens)
+                    raise_tops(weights, tile_tokens, tokens, group, head_size, tops, sums, weighted)
+                    if skips:
+                        hide_far(weights, tile_tokens, tokens, group, tops, limit, nearness)
+                    to_weights(weights, tile_tokens, tokens, group, tops, sums)
                     for channel in range(0, head_size, value_step):
                         tile = load_tile(advance(weighted, channel), head_size, group, channel_cols, LANES)
                         for i in range(count):
-                            page = get(indices, start + i)
+                            page = page_at(indices, start + i, every)
                             seen = visible_tokens(page, page_size, seq_len)
                             if seen > 0:
                                 value = page_start(
                                     values, value_block, table, page, pages_per_block, page_size * head_size
                                 )
                                 for token in range(seen):
-                                    weight = advance(weights, i * page_size + token)
+                                    place = i * page_size + token
+                                    if skips and get(nearness, place) <= -limit:
+                                        continue
                                     v = advance(value, token * head_size + channel)
-                                    tile = multiply_add_outer(tile, weight, tile_tokens, v)
+                                    tile = multiply_add_outer(tile, advance(weights, place), tile_tokens, v)
                         store(advance(weighted, channel), head_size, tile)
-                for g in range(group):
-                    part = advance(pointer(partial, "float32"), (item * group + g) * partial_size)
-                    scaled(advance(weighted, g * head_size), part, head_size, np.float32(1))
-                    put(part, head_size, get(tops, g))
-                    put(part, head_size + 1, get(sums, g))
+                results = pointer(partial, "float32")
+                keep(weighted, tops, sums, group, head_size, advance(results, item * partial_size))
                 if next_item(advance(pointer(counter, "int64"), 1 + owner)) == chunks - 1:
-                    for g in range(group):
-                        place = (owner * chunks * group + g) * partial_size
-                        parts = advance(pointer(partial, "float32"), place)
-                        target = advance(pointer(out, query_dtype), (owner * group + g) * head_size)
-                        merge(parts, group * partial_size, chunks, target, head_size)
+                    target = advance(pointer(out, query_dtype), owner * query_size)
+                    results = advance(results, owner * chunks * partial_size)
+                    merge(results, chunks, group, target, head_size)
 
     return kernel
 
 
-@njit(error_model="numpy")
-def merge(parts, stride, chunks, target, head_size):
-    """Writes one query head's output from its chunks' results, `stride` apart; 0 if they saw no token."""
-    top = np.float32(-np.inf)
-    for chunk in range(chunks):
-        top = max(top, get(parts, chunk * stride + head_size))
-    total = np.float32(0)
-    for chunk in range(chunks):
-        part = advance(parts, chunk * stride)
-        total += max_lane(exp2(splat(get(part, head_size) - top, LANES))) * get(part, head_size + 1)
-    share = splat(np.float32(1) / total if total > 0 else np.float32(0), LANES)
-    for channel in range(0, head_size, LANES):
-        value = zeros(1, 1, LANES)
-        for chunk in range(chunks):
-            part = advance(parts, chunk * stride)
-            weight = exp2(splat(get(part, head_size) - top, LANES))
-            value = add(value, multiply(weight, load(advance(part, channel), LANES)))
-        store(advance(target, channel), 0, multiply(value, share))
+def kernel_for_auto(
+    query_dtype: str,
+    group: int,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    page_size: int,
+    skips: bool,
+) -> tuple[Callable[..., None], tuple[int, ...]]:
+    """The kernel for caches in the model's dtype, and their addresses."""
+    dtype = check_caches(key_cache, value_cache)
+    block_size, head_size = key_cache.shape[2:]
+    if page_size not in PAGE_SIZES or block_size % page_size:
+        raise ValueError(
+            f"page_size: expected one of {PAGE_SIZES}, a divisor of block size {block_size}, got {page_size}"
+        )
+    kernel = attend_kernel(dtype, query_dtype, head_size, group, page_size, block_size, skips)
+    return kernel, addresses_of(key_cache, value_cache)
+
+
+def page_lists(
+    page_indices: torch.Tensor | None, seq_lens: torch.Tensor, kv_heads: int, page_size: int
+) -> tuple[int, tuple[int, int, int]]:
+    """Entries of the longest list of pages, and the lists' address and strides, 0 where there are none."""
+    if page_indices is None:
+        longest = int(seq_lens.max()) if len(seq_lens) else 0
+        return -(-longest // page_size), (0, 0, 0)
+    rows, budget = len(seq_lens), page_indices.shape[-1]
+    check_integers("page_indices", page_indices, torch.int32, rows)
+    if page_indices.shape[1:] != (kv_heads, budget):
+        raise ValueError(f"page_indices: expected [{rows}, {kv_heads}, K], got {tuple(page_indices.shape)}")
+    return budget, (page_indices.data_ptr(), page_indices.stride(0), page_indices.stride(1))
 
 
 def attend_pages(
@@ -233,54 +212,57 @@ def attend_pages(
     value_cache: ValueCache,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    page_indices: torch.Tensor,
+    page_indices: torch.Tensor | None,
     page_size: int,
     scale: float,
+    *,
+    min_context: int = 0,
+    value_threshold: float | None = None,
 ) -> torch.Tensor:
     """Attention over the tokens of the selected pages only (section 3.3, "approximate attention").
 
     Args:
         query: ``[R, Hq, D]`` float32, bfloat16 or float16, each head contiguous.
-        key_cache: ``[B, H, N, D]``, channel-major blocks: strides ``(.., .., 1, N)``.
-        value_cache: ``[B, H, N, D]``, token-major blocks: strides ``(.., .., D, 1)``.
+        key_cache: ``[B, H, N, D]``, channel-major blocks: strides ``(.., .., 1, N)``; or 4-bit codes, in
+            channel-major pages.
+        value_cache: ``[B, H, N, D]``, token-major blocks: strides ``(.., .., D, 1)``; or 4-bit codes, in
+            token-major pages.
         block_table: ``[R, M]`` int32.
         seq_lens: ``[R]`` int32; the last page may be partly filled.
-        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, -1 for none.
+        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, -1 for none. None: every row
+            reads every page.
         page_size: Tokens per page.
         scale: Factor of q . k.
+        min_context: Rows of fewer tokens read every page, whatever `page_indices` holds.
+        value_threshold: t, positive: V rows with less than e^-t of the largest share of the softmax are left
+            out (see the reference); None reads every V row.
 
     Returns:
         ``[R, Hq, D]`` in the query's dtype; computed in float32. A row without any page is 0.
     """
-    assert isinstance(key_cache, torch.Tensor)
-    assert isinstance(value_cache, torch.Tensor)
-    dtype = check_caches(key_cache, value_cache)
-    _, kv_heads, block_size, head_size = key_cache.shape
+    codes = key_cache.codes if isinstance(key_cache, Int4Keys) else key_cache
+    kv_heads, head_size = codes.shape[1], codes.shape[-1]
     query_dtype = check_query(query, kv_heads, head_size)
     rows, num_heads, _ = query.shape
     check_integers("block_table", block_table, torch.int32, rows)
     check_integers("seq_lens", seq_lens, torch.int32, rows)
-    check_integers("page_indices", page_indices, torch.int32, rows)
-    budget = page_indices.shape[-1]
-    if page_indices.shape[1:] != (kv_heads, budget):
-        raise ValueError(f"page_indices: expected [{rows}, {kv_heads}, K], got {tuple(page_indices.shape)}")
-    if page_size not in PAGE_SIZES or block_size % page_size:
-        raise ValueError(
-            f"page_size: expected one of {PAGE_SIZES}, a divisor of block size {block_size}, got {page_size}"
-        )
-    group = num_heads // kv_heads
-    kernel = attend_kernel(dtype, query_dtype, head_size, group, page_size, block_size)
+    budget, listed = page_lists(page_indices, seq_lens[:rows], kv_heads, page_size)
+    group, skips = num_heads // kv_heads, value_threshold is not None
+    if isinstance(key_cache, Int4Keys) and isinstance(value_cache, Int4Values):
+        kernel, caches = kernel_for_int4(query_dtype, group, key_cache, value_cache, page_size, skips)
+    else:
+        assert isinstance(key_cache, torch.Tensor)
+        assert isinstance(value_cache, torch.Tensor)
+        kernel, caches = kernel_for_auto(query_dtype, group, key_cache, value_cache, page_size, skips)
     threads = use_torch_threads()
     chunks = chunks_for_balance(max(1, rows * kv_heads), threads, max(1, budget // LEAST_PAGES))
     out = torch.empty((rows, num_heads, head_size), dtype=query.dtype)
     partial = torch.empty(rows * num_heads * chunks * (head_size + 2), dtype=torch.float32)
     counters = np.zeros(1 + rows * kv_heads, np.int64)
     kernel(
-        threads, counters.ctypes.data, query.data_ptr(), query.stride(0), query.stride(1),
-        key_cache.data_ptr(), key_cache.stride(0), key_cache.stride(1),
-        value_cache.data_ptr(), value_cache.stride(0), value_cache.stride(1),
-        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(),
-        page_indices.data_ptr(), page_indices.stride(0), page_indices.stride(1), budget,
+        threads, counters.ctypes.data, query.data_ptr(), query.stride(0), query.stride(1), *caches,
+        block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(), *listed, budget, min_context,
         partial.data_ptr(), out.data_ptr(), rows, kv_heads, chunks, scale * LOG2_E,
+        (value_threshold or 0.0) * LOG2_E,
     )  # fmt: skip
     return out

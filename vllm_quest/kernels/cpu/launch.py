@@ -22,6 +22,8 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 KERNEL_OPTIONS = {"parallel": True, "cache": True, "nogil": True, "error_model": "numpy"}
 CACHE_LINE = 64  # bytes; elsewhere prefetching does too little or twice the work
+REGISTERS = 24  # of 32, for the tile that a loop accumulates
+TILE_TOKENS = 64  # tokens between two updates of a softmax's running maximum
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # Every kernel holds this as a free variable. Numba's cache on disk looks at the kernel's own file only; this
@@ -52,11 +54,20 @@ def chunks_for_balance(items: int, threads: int, most: int) -> int:
     return max(1, min(most, -(-4 * threads // items)))
 
 
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`, at least 1."""
+    return max(d for d in range(1, max(1, limit) + 1) if number % d == 0)
+
+
+def addresses_of(*parts: torch.Tensor) -> tuple[int, ...]:
+    """Address, stride of a block and stride of a head of each part of a cache."""
+    return tuple(n for part in parts for n in (part.data_ptr(), part.stride(0), part.stride(1)))
+
+
 def bound_addresses(bounds: PageBounds) -> tuple[int, ...]:
-    """Address, stride of a block and of a head of the values, then of the params; 0 where there are none."""
+    """As `addresses_of`, of the values and of the params; 0 where there are none."""
     values, params = bounds
-    found = (values.data_ptr(), values.stride(0), values.stride(1))
-    return (*found, 0, 0, 0) if params is None else (*found, params.data_ptr(), *params.stride()[:2])
+    return addresses_of(values, params) if params is not None else (*addresses_of(values), 0, 0, 0)
 
 
 def check_floating(name: str, tensor: torch.Tensor, dims: int) -> str:
@@ -147,8 +158,8 @@ def check_int4(key_cache: Int4Keys, value_cache: Int4Values) -> tuple[int, ...]:
     for name, (tensor, shape, strides) in expected.items():
         if tensor.dtype != torch.uint8 or tensor.shape != shape or tensor.stride()[2:] != strides or dim % 16:
             raise ValueError(
-                f"{name}: expected {shape} torch.uint8 with strides (.., .., {strides}), a head size that is a "
-                f"multiple of 16, got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
+                f"{name}: expected {shape} torch.uint8 with strides (.., .., {strides}) and D a multiple "
+                f"of 16, got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
             )
     params, size = value_cache.params, 2 * half * pages
     groups = params.shape[3]

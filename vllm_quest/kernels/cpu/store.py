@@ -15,6 +15,7 @@ from vllm_quest.kernels.cpu.launch import (
     CACHE_LINE,
     INSTRUCTIONS,
     KERNEL_OPTIONS,
+    addresses_of,
     bound_addresses,
     check_bounds,
     check_caches,
@@ -147,8 +148,8 @@ def store(
         value: ``[T, H, D]``, likewise.
         key_cache: ``[B, H, N, D]``, channel-major blocks: strides ``(.., .., 1, N)``; or 4-bit codes, with
             channel-major pages; written.
-        value_cache: ``[B, H, N, D]``, token-major blocks: strides ``(.., .., D, 1)``; or 4-bit codes, likewise
-            token-major; written.
+        value_cache: ``[B, H, N, D]``, token-major blocks: strides ``(.., .., D, 1)``; or 4-bit codes, in
+            token-major pages; written.
         bounds: kmin and kmax of each page, each ``[P, 2, D]`` contiguous; written.
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped. The
             tokens of one block come together, those of one page with ascending slots.
@@ -180,7 +181,6 @@ def store(
     chunks = chunks_for_balance(kv_heads, threads, max(1, tokens // block_size))
     kernel(
         threads, counter.ctypes.data, key.data_ptr(), key.stride(0), key.stride(1), value.data_ptr(),
-        value.stride(0), value.stride(1), key_cache.data_ptr(), key_cache.stride(0), key_cache.stride(1),
-        value_cache.data_ptr(), value_cache.stride(0), value_cache.stride(1),
-        *bound_addresses(bounds), slot_mapping.data_ptr(), tokens, kv_heads, chunks,
+        value.stride(0), value.stride(1), *addresses_of(key_cache, value_cache), *bound_addresses(bounds),
+        slot_mapping.data_ptr(), tokens, kv_heads, chunks,
     )  # fmt: skip

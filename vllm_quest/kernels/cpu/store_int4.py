@@ -24,6 +24,7 @@ from vllm_quest.kernels.cpu.bounds import (
 from vllm_quest.kernels.cpu.launch import (
     INSTRUCTIONS,
     KERNEL_OPTIONS,
+    addresses_of,
     bound_addresses,
     check_bounds,
     check_int4,
@@ -111,7 +112,7 @@ def fine_codes(keys, zero, fine_inverse):
 
 @njit(error_model="numpy")
 def write_keys(codes, residual, writes_residual, tag, bounds, head_size, half, keys, like, lanes):
-    """Quantizes a page of keys, ``[D, S]``, with these bounds; the residual too, if it shall be the page's."""
+    """Quantizes a page of keys, ``[D, S]``, with these bounds; the residual too, if it is this page's."""
     for channel in range(head_size):
         zero = get(bounds, channel)
         step = get(bounds, head_size + channel) / STEPS - zero / STEPS
@@ -265,10 +266,9 @@ def store_int4(
     kernel = store_int4_kernel(dtype, bounds_dtype, head_size, groups, 2 * half, block_size)
     threads, counter = use_torch_threads(), new_counter()
     chunks = chunks_for_balance(kv_heads, threads, max(1, tokens // block_size))
-    caches = (key_cache.codes, key_cache.residual, *value_cache)
     kernel(
         threads, counter.ctypes.data, key.data_ptr(), key.stride(0), key.stride(1), value.data_ptr(),
         value.stride(0), value.stride(1),
-        *(number for part in caches for number in (part.data_ptr(), part.stride(0), part.stride(1))),
+        *addresses_of(key_cache.codes, key_cache.residual, *value_cache),
         *bound_addresses(key_cache.bounds), slot_mapping.data_ptr(), tokens, kv_heads, chunks,
     )  # fmt: skip

@@ -5,41 +5,55 @@ from __future__ import annotations
 import torch
 
 from vllm_quest.kernels.cpu.attend import attend_pages
+from vllm_quest.kernels.cpu.dequantize import dequantize_blocks
 from vllm_quest.kernels.cpu.score import score_pages
 from vllm_quest.kernels.cpu.select import select_pages
 from vllm_quest.kernels.cpu.store import store
-from vllm_quest.layout import PageLayout
+from vllm_quest.layout import Int4Keys, Int4Values, PageLayout
 
 __all__ = ["warm_up"]
 
 
 def warm_up(
-    head_size: int,
+    layout: PageLayout,
     num_heads: int,
     num_kv_heads: int,
-    page_size: int,
-    block_size: int,
-    dtype: torch.dtype,
     group_reduce: str,
+    value_threshold: float | None = None,
 ) -> None:
-    """Runs the four operations once on a cache of one block.
+    """Runs the operations once on a cache of one block.
 
     Args:
-        head_size: D.
+        layout: Of the cache.
         num_heads: Query heads, Hq.
         num_kv_heads: KV heads, H.
-        page_size: Tokens per page.
-        block_size: Tokens per block, N.
-        dtype: Of the model and its cache.
         group_reduce: As in the configuration.
+        value_threshold: Likewise.
     """
-    layout = PageLayout(block_size, page_size, head_size, for_cpu=True, dtype=dtype)
-    views = layout.views(torch.zeros(1, num_kv_heads, block_size, layout.content_size, dtype=dtype))
-    query = torch.zeros(1, num_heads, head_size, dtype=dtype)
-    key = torch.zeros(1, num_kv_heads, head_size, dtype=dtype)
+    shape = (1, num_kv_heads, layout.block_size, layout.content_size)
+    views = layout.views(torch.zeros(shape, dtype=layout.cache_dtype))
+    query = torch.zeros(1, num_heads, layout.head_size, dtype=layout.dtype)
+    key = torch.zeros(1, num_kv_heads, layout.head_size, dtype=layout.dtype)
     block_table = torch.zeros(1, 1, dtype=torch.int32)
     one = torch.ones(1, dtype=torch.int32)
     store(key, key, views.key, views.value, views.bounds, torch.zeros(1, dtype=torch.int64))
     scores = score_pages(query, views.bounds, block_table, one, 1.0, group_reduce)
     pages = select_pages(scores, one, 1, 0, 1)
-    attend_pages(query, views.key, views.value, block_table, one, pages, page_size, 1.0)
+    attend_pages(
+        query,
+        views.key,
+        views.value,
+        block_table,
+        one,
+        pages,
+        layout.page_size,
+        1.0,
+        value_threshold=value_threshold,
+    )
+    if isinstance(views.key, Int4Keys) and isinstance(views.value, Int4Values):
+        plain = PageLayout(layout.block_size, layout.page_size, layout.head_size, True, layout.dtype)
+        shape = (1, num_kv_heads, layout.block_size, plain.content_size)
+        out = plain.views(torch.zeros(shape, dtype=layout.dtype))
+        assert isinstance(out.key, torch.Tensor)
+        assert isinstance(out.value, torch.Tensor)
+        dequantize_blocks(views.key, views.value, torch.zeros_like(one), one, out.key, out.value)

@@ -1,0 +1,206 @@
+"""What int4 pages promise, whoever writes them: the error, the bounds, and a clear outcome for any input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.cache import PagedCache
+from tests.kernels.test_operations import IMPLEMENTATIONS, STEPS_WITH_DRAFTS, run_steps
+from vllm_quest.kernels.reference_bounds import read_bounds
+from vllm_quest.kernels.reference_int4 import dequantized, key_steps
+from vllm_quest.layout import PageViews
+
+HEADS, DIM, BLOCK = 2, 64, 64
+FORMATS = [(8, "int8"), (16, "int8"), (16, "auto")]  # page size, bounds
+EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f[0]}-{f[1]}")
+EVERY_IMPLEMENTATION = pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+RANDOM = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+def new_cache(format: tuple[int, str], seed: int = 0) -> PagedCache:
+    page_size, bounds = format
+    return PagedCache(
+        num_blocks=16,
+        num_kv_heads=HEADS,
+        block_size=BLOCK,
+        page_size=page_size,
+        head_size=DIM,
+        seed=seed,
+        kv_dtype="int4",
+        metadata_dtype=bounds,
+    )
+
+
+def write(ops, views: PageViews, key: torch.Tensor, chunks: list[int], start: int = 0) -> None:
+    """Stores keys ``[T, H, D]``, which are the values as well, from slot `start` on, in chunks."""
+    for part in key.split(chunks):
+        slots = torch.arange(start, start + len(part))
+        ops.store(part.contiguous(), part.contiguous(), views.key, views.value, views.bounds, slots)
+        start += len(part)
+
+
+def stored(views: PageViews, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of the first tokens as they are read, ``[T, H, D]`` each."""
+    return tuple(part.movedim(1, 2).flatten(0, 1)[:tokens] for part in dequantized(views.key, views.value))
+
+
+def page_errors(views: PageViews, key: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Root mean square error of K per page and head."""
+    parts = (stored(views, len(key))[0] - key).split(page_size)
+    return torch.stack([part.square().mean((0, 2)).sqrt() for part in parts])
+
+
+def steps_of(views: PageViews, tokens: int, page_size: int) -> torch.Tensor:
+    """The quantizer's step at every token, ``[T, H, D]``."""
+    bounds = read_bounds(views.bounds, torch.arange(len(views.bounds.values)))
+    step = key_steps(bounds)[1].squeeze(-2)  # [B, H, P, D]
+    return step.movedim(1, 2).flatten(0, 1).repeat_interleave(page_size, 0)[:tokens]
+
+
+KEYS = {
+    "normal": lambda noise: noise,
+    "channels of different scale": lambda noise: noise * torch.logspace(-3, 2, DIM),
+    "large offsets": lambda noise: noise + torch.linspace(-30, 30, DIM),
+    "a range that grows slowly": lambda noise: noise * torch.linspace(0.1, 2, len(noise))[:, None, None],
+    "a range that grows with every token": lambda noise: (
+        torch.arange(1.0, len(noise) + 1)[:, None, None] + 0.1 * noise
+    ),
+    "a range that shrinks": lambda noise: noise * torch.linspace(2, 0.1, len(noise))[:, None, None],
+}
+
+
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+@RANDOM
+@given(
+    chunks=st.lists(st.sampled_from([1, 1, 1, 1, 2, 3, 7, 8, 17]), min_size=2, max_size=30),
+    kind=st.sampled_from(sorted(KEYS)),
+    seed=st.integers(0, 999),
+)
+def test_filling_a_page_costs_little(format, ops, chunks, kind, seed) -> None:
+    """At most 1.5 times the error of quantizing the same tokens at once, however they were written."""
+    tokens = sum(chunks)
+    noise = torch.randn(tokens, HEADS, DIM, generator=torch.Generator().manual_seed(seed))
+    key = KEYS[kind](noise)
+    grown, at_once = new_cache(format), new_cache(format)
+    write(ops, grown.pages, key, chunks)
+    write(ops, at_once.pages, key, [tokens])
+    limit = 1.5 * page_errors(at_once.pages, key, format[0])
+    assert (page_errors(grown.pages, key, format[0]) <= limit + 1e-6 * key.abs().max()).all()
+    values = [stored(cache.pages, tokens)[1] for cache in (grown, at_once)]
+    torch.testing.assert_close(*values, rtol=0, atol=0)
+
+
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+def test_no_drift_with_many_writes(format, ops) -> None:
+    """The last token of a page that goes on is written two hundred times, as by drafts that are rejected."""
+    cache, last = new_cache(format), format[0] - 2
+    key = torch.randn(last, HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    write(ops, cache.pages, key, [last])
+    for _ in range(200):
+        write(ops, cache.pages, key.flip(0)[:1], [1], start=last)
+    error = (stored(cache.pages, last)[0] - key).abs()
+    assert (error <= 0.75 * steps_of(cache.pages, last, format[0]) + 1e-6).all()
+
+
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+@RANDOM
+@given(steps=STEPS_WITH_DRAFTS, seed=st.integers(0, 99))
+def test_bounds_hold_and_errors_stay_small_under_any_history(format, ops, steps, seed) -> None:
+    """Blocks change hands and drafts are rejected across pages: still, bounds are bounds of every key."""
+    cache = new_cache(format, seed)
+    run_steps(cache, ops.store, steps)
+    keys, _ = dequantized(cache.pages.key, cache.pages.value)  # [B, H, N, D]
+    bounds = read_bounds(cache.pages.bounds, torch.arange(len(keys))).repeat_interleave(format[0], 2)
+    step = key_steps(bounds)[1].squeeze(-2)
+    for context in cache.requests.values():
+        for position, key in enumerate(context.keys):
+            block, token = context.blocks[position // BLOCK], position % BLOCK
+            kmin, kmax = bounds[block, :, token].unbind(1)
+            key = torch.from_numpy(key)
+            slack = 1e-5 * (kmax - kmin)
+            assert (kmin <= key + slack).all()
+            assert (kmax >= key - slack).all()
+            # Half a step, and once more where a rejected draft of the next page took the residual.
+            assert ((keys[block, :, token] - key).abs() <= 1.2 * step[block, :, token] + 1e-6).all()
+
+
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+def test_a_block_forgets_its_previous_owner(format, ops) -> None:
+    reused, fresh = new_cache(format), new_cache(format)
+    generator = torch.Generator().manual_seed(2)
+    write(ops, reused.pages, 1000 * torch.randn(BLOCK, HEADS, DIM, generator=generator), [BLOCK])
+    key = torch.randn(21, HEADS, DIM, generator=generator)
+    for cache in (reused, fresh):
+        write(ops, cache.pages, key, [5, 1, 14, 1])
+    pages = -(-21 // format[0])
+    for part in (0, 1):  # codes of K, then the residual
+        written = slice(0, pages) if part == 0 else slice(None)
+        assert torch.equal(reused.pages.key[part][0, :, written], fresh.pages.key[part][0, :, written])
+    assert torch.equal(reused.pages.bounds.values[0, :, :pages], fresh.pages.bounds.values[0, :, :pages])
+    assert torch.equal(stored(reused.pages, 21)[1], stored(fresh.pages, 21)[1])
+
+
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+def test_the_residual_of_another_page_is_not_used(format, ops) -> None:
+    """Page 0 goes on after a draft that reached into page 1, whose residual the block has."""
+    cache, size = new_cache(format), format[0]
+    key = torch.randn(size + 3, HEADS, DIM, generator=torch.Generator().manual_seed(3))
+    write(ops, cache.pages, key, [size - 3, 6])
+    residual = cache.pages.key.residual[0]
+    assert (residual[:, -1] >> 4 == 1).all()
+    accepted = 5 * key[: size - 2]
+    write(ops, cache.pages, accepted[-1:], [1], start=size - 3)
+    assert (residual[:, -1] >> 4 == 0).all()
+    error = (stored(cache.pages, size - 3)[0] - key[: size - 3]).abs()
+    assert (error <= 1.1 * steps_of(cache.pages, size - 3, size) + 1e-6).all()
+
+
+EXTREMES = {
+    "zeros": torch.zeros(()),
+    "negative zeros": -torch.zeros(()),
+    "a constant": torch.full((), 0.3),
+    "tiny": torch.full((), 1e-38),
+    "the smallest": torch.full((), 1e-45),
+    "the largest": torch.full((), torch.finfo(torch.float32).max),
+    "infinity": torch.full((), torch.inf),
+    "negative infinity": torch.full((), -torch.inf),
+}
+
+
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "one outlier"])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
+    """Whatever is stored reads back finite; what bfloat16 cannot hold, as its largest number."""
+    key = torch.randn(19, HEADS, DIM, generator=torch.Generator().manual_seed(4))
+    if everywhere:
+        key[:] = EXTREMES[extreme]
+    else:
+        key[11, 1, 3] = EXTREMES[extreme]
+    cache = new_cache(format)
+    write(ops, cache.pages, key, [9, 1, 1, 8])
+    largest = torch.finfo(torch.bfloat16).max
+    for part in stored(cache.pages, 19):
+        assert part.isfinite().all()
+        expected = key.clamp(-largest, largest)
+        if everywhere:
+            torch.testing.assert_close(part, expected, rtol=2**-7, atol=1e-37)
+        else:
+            torch.testing.assert_close(part[11, 1, 3], expected[11, 1, 3], rtol=2**-7, atol=0.3)
+            torch.testing.assert_close(part[:8], expected[:8], rtol=0, atol=0.5)
+    query = torch.randn(1, 2 * HEADS, DIM, generator=torch.Generator().manual_seed(5))
+    table, length = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
+    views = cache.pages
+    out = ops.attend_pages(query, views.key, views.value, table, length, None, format[0], 1e-30)
+    assert out.isfinite().all()
