@@ -11,7 +11,6 @@ from tests.backend.harness import DenseBuilder, DenseImpl, Engine
 from tests.kernels import interpreter  # noqa: F401  must come before what imports our Triton kernels
 from vllm_quest.backend.cpu import QuestCPUBackend
 from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
-from vllm_quest.config import QuestConfigError
 
 QUEST = {"token_budget": 48, "page_size": 8, "dense_layers": 1, "sink_pages": 1, "recent_pages": 2}
 
@@ -127,16 +126,12 @@ def test_rows_that_read_everything_have_no_pages_to_score() -> None:
     assert engine.builder.row_pages[:2].tolist() == [9, 12]
 
 
-def test_the_value_threshold_reaches_the_kernel() -> None:
+@pytest.mark.parametrize("backend", [Backend, QuestCPUBackend])
+def test_the_value_threshold_reaches_the_kernel(backend) -> None:
     outputs = []
     for threshold in (None, 1e3, 1e-3):
-        engine = Engine(Backend, QUEST | {"dense_layers": 0, "value_threshold": threshold})
+        engine = Engine(backend, QUEST | {"dense_layers": 0, "value_threshold": threshold})
         engine.step([(0, 90, True)], 0)
         outputs.append(engine.step([(0, 1, False)], 1)[0])
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=2e-5)
     assert not outputs[0].isclose(outputs[2], atol=0.1).all()
-
-
-def test_the_value_threshold_is_refused_on_a_cpu() -> None:
-    with pytest.raises(QuestConfigError, match=r"value_threshold: 6\.0; allowed: null on a CPU"):
-        cpu_engine(QUEST | {"value_threshold": 6.0})

@@ -8,24 +8,27 @@ import torch
 from tests.kernels.cache import PagedCache
 from vllm_quest.kernels import cpu, reference
 
-# dtype, block size, page size, head size, KV heads, group. A line compiles four kernels, so every value
+# dtype, block size, page size, head size, KV heads, group, bounds. A line compiles four kernels, so every value
 # appears once or twice and not every combination.
 CONFIGURATIONS = [
-    (torch.float32, 32, 16, 128, 2, 4),
-    (torch.bfloat16, 32, 8, 112, 3, 3),
-    (torch.float16, 64, 32, 80, 1, 16),
-    (torch.bfloat16, 64, 64, 256, 2, 8),
-    (torch.float32, 128, 16, 64, 1, 1),
+    (torch.float32, 32, 16, 128, 2, 4, "auto"),
+    (torch.bfloat16, 32, 8, 112, 3, 3, "auto"),
+    (torch.float16, 64, 32, 80, 1, 16, "int8"),
+    (torch.bfloat16, 64, 64, 256, 2, 8, "auto"),
+    (torch.float32, 128, 16, 64, 1, 1, "auto"),
+    (torch.float32, 128, 8, 128, 2, 4, "int8"),
 ]
 LENGTHS = [577, 1, 17, 63]
 # Outputs differ by the order of float32 sums and one rounding to the output's dtype.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.fixture(params=CONFIGURATIONS, ids=lambda c: f"{str(c[0])[6:]}-{c[1]}-{c[2]}-{c[3]}-{c[4]}x{c[5]}")
+@pytest.fixture(
+    params=CONFIGURATIONS, ids=lambda c: f"{str(c[0])[6:]}-{c[1]}-{c[2]}-{c[3]}-{c[4]}x{c[5]}-{c[6]}"
+)
 def case(request):
     """A cache with four requests in scattered blocks, everything unwritten NaN; their rows; a query."""
-    dtype, block_size, page_size, head_size, heads, group = request.param
+    dtype, block_size, page_size, head_size, heads, group, metadata_dtype = request.param
     cache = PagedCache(
         num_blocks=40,
         num_kv_heads=heads,
@@ -33,6 +36,7 @@ def case(request):
         page_size=page_size,
         head_size=head_size,
         dtype=dtype,
+        metadata_dtype=metadata_dtype,
     )
     requests = [cache.new_request() for _ in LENGTHS]
     # Prefill in two chunks, the first of which ends inside a page, and one decode token.
@@ -45,7 +49,8 @@ def case(request):
 
 def test_store_writes_what_the_reference_writes(case) -> None:
     cache, _, _ = case
-    expected = torch.full_like(cache.cache, torch.nan)
+    expected = torch.empty_like(cache.cache)
+    expected.view(torch.uint8).fill_(255)
     pages = cache.layout.views(expected)
     heads, head_size, size = cache.cache.shape[1], cache.layout.head_size, cache.layout.block_size
     for context in cache.requests.values():
@@ -73,7 +78,7 @@ def assert_scores_are_the_references(case, reduce: str) -> None:
     cache, (table, _, num_pages), query = case
     arguments = (query, cache.pages.bounds, table, num_pages, 0.3, reduce)
     torch.testing.assert_close(
-        cpu.score_pages(*arguments), reference.score_pages(*arguments), rtol=1e-5, atol=1e-5
+        cpu.score_pages(*arguments), reference.score_pages(*arguments), rtol=1e-5, atol=3e-5
     )
 
 
@@ -109,6 +114,18 @@ def test_attention_over_every_page_is_dense(case) -> None:
         torch.testing.assert_close(
             out[row], expected.flatten(0, 1).to(query.dtype), rtol=TOLERANCE[query.dtype], atol=2e-6
         )
+
+
+def test_every_page_without_a_list(case) -> None:
+    cache, (table, seq_lens, num_pages), query = case
+    indices = torch.zeros(len(query), cache.cache.shape[1], 3, dtype=torch.int32)  # page 0, and again
+    size, views = cache.layout.page_size, cache.pages
+    arguments = (query, views.key, views.value, table, seq_lens)
+    expected = reference.attend_pages(*arguments, None, size, 0.2)
+    tolerance = TOLERANCE[query.dtype]
+    for pages, min_context in ((None, 0), (indices, 2**20)):
+        out = cpu.attend_pages(*arguments, pages, size, 0.2, min_context=min_context)
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_rows_are_independent(case) -> None:

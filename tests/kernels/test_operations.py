@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.kernels.cache import PagedCache
 from vllm_quest.kernels import cpu, reference
+from vllm_quest.kernels.reference_bounds import read_bounds
 
 IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 
@@ -71,6 +72,24 @@ def test_bounds_follow_every_write(ops, steps, page_size) -> None:
     cache = PagedCache(page_size=page_size)
     run_steps(cache, ops.store, steps)
     assert_bounds(cache)
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(steps=STEPS, page_size=st.sampled_from([8, 16]))
+def test_8_bit_bounds_are_a_step_wider_at_most(ops, steps, page_size) -> None:
+    cache = PagedCache(page_size=page_size, metadata_dtype="int8")
+    run_steps(cache, ops.store, steps)
+    bounds = read_bounds(cache.pages.bounds, torch.arange(len(cache.cache)))
+    for context in cache.requests.values():
+        for page in range(context.num_pages(page_size)):
+            block, within = divmod(page, cache.layout.pages_per_block)
+            stored = bounds[context.blocks[block], :, within].numpy()
+            kmin, kmax = oracle.page_bounds(context, page, page_size)
+            span = kmax.max(-1, keepdims=True) - kmin.min(-1, keepdims=True)
+            outward = np.stack((kmin - stored[:, 0], stored[:, 1] - kmax))
+            assert (outward >= -1e-6 * span).all()
+            assert (outward <= 1.001 / 255 * span).all()
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
@@ -202,8 +221,9 @@ def test_nothing_is_evicted(ops) -> None:
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
-def test_score_is_an_upper_bound(ops) -> None:
-    cache = PagedCache(num_kv_heads=2)
+@pytest.mark.parametrize("metadata_dtype", ["auto", "int8"])
+def test_score_is_an_upper_bound(ops, metadata_dtype) -> None:
+    cache = PagedCache(num_kv_heads=2, metadata_dtype=metadata_dtype)
     request = cache.new_request()
     cache.append(ops.store, {request: 203})
     table, _, num_pages = cache.rows([request])
@@ -229,3 +249,24 @@ def test_ties_go_to_the_earlier_page(ops) -> None:
     scores = torch.zeros(1, 1, 12)
     pages = ops.select_pages(scores, torch.tensor([12], dtype=torch.int32), 6, 1, 2)
     assert pages.flatten().tolist() == [0, 1, 2, 3, 10, 11]
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "formats", [{}, {"kv_dtype": "int4", "metadata_dtype": "int8"}], ids=["auto", "int4"]
+)
+@pytest.mark.parametrize("threshold", [0.5, 4.0, 12.0])
+def test_value_threshold_leaves_out_what_weighs_nothing(ops, formats, threshold) -> None:
+    """The output moves by no more than the share that is left out times the range of V."""
+    cache = PagedCache(**formats)
+    request = cache.new_request()
+    cache.append(ops.store, {request: 203})
+    table, seq_lens, _ = cache.rows([request])
+    query = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(8))
+    arguments = (query, cache.pages.key, cache.pages.value, table, seq_lens, None, 8, 1.0)
+    whole = ops.attend_pages(*arguments)
+    out = ops.attend_pages(*arguments, value_threshold=threshold)
+    values = np.stack(cache.requests[request].values)
+    moved = (out - whole).abs().max()
+    assert moved <= 203 * np.exp(-threshold) * 1.1 * np.ptp(values) + 1e-5
+    assert threshold > 1 or moved > 1e-3  # something was left out
