@@ -8,8 +8,8 @@ import torch
 from tests.kernels.cache import PagedCache
 from vllm_quest.kernels import cpu, reference
 
-# dtype, block size, page size, head size, KV heads, group, bounds. A line compiles four kernels, so every value
-# appears once or twice and not every combination.
+# dtype, block size, page size, head size, KV heads, group, bounds. A line compiles four kernels, so each
+# value appears once or twice and not every combination.
 CONFIGURATIONS = [
     (torch.float32, 32, 16, 128, 2, 4, "auto"),
     (torch.bfloat16, 32, 8, 112, 3, 3, "auto"),
@@ -117,7 +117,7 @@ def test_attention_over_every_page_is_dense(case) -> None:
 
 
 def test_every_page_without_a_list(case) -> None:
-    cache, (table, seq_lens, num_pages), query = case
+    cache, (table, seq_lens, _), query = case
     indices = torch.zeros(len(query), cache.cache.shape[1], 3, dtype=torch.int32)  # page 0, and again
     size, views = cache.layout.page_size, cache.pages
     arguments = (query, views.key, views.value, table, seq_lens)
