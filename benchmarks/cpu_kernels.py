@@ -1,6 +1,6 @@
 """One decode step of one request: QUEST's compiled operations against vLLM's dense CPU kernel.
 
-    python -m benchmarks.cpu_kernels [--json PATH] [--contexts 8192 32768] [--repeats 30]
+    python -m benchmarks.cpu_kernels [--json PATH] [--contexts 8192 32768] [--formats auto int4]
 
 Both sides run in the same process on the same contexts, one after the other in every repeat, so that a busy
 machine slows both. A step stores one token and computes one layer's attention. Requests rotate through a pool
@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,38 @@ import vllm._C
 from vllm import _custom_ops as ops
 
 from vllm_quest.kernels import cpu
-from vllm_quest.layout import PageLayout
+from vllm_quest.layout import Int4Values, PageLayout, PageViews
 
 KV_HEADS, GROUP, HEAD_SIZE = 8, 4, 128
 SCALE = HEAD_SIZE**-0.5
 TOKEN_BUDGET, SINK_PAGES, RECENT_PAGES = 2048, 1, 2
 DENSE_BLOCK_SIZES = (32, 128)  # the smallest that the kernel takes, and the platform's default
 PARTS = ("store", "score", "select", "attend")
+FORMATS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "int8-bounds": {"metadata_dtype": "int8"},
+    "int4": {"metadata_dtype": "int8", "kv_dtype": "int4"},
+    "int4-all-pages": {"metadata_dtype": "int8", "kv_dtype": "int4", "selects": False},
+}
 
 
 def random_cache(
     num_blocks: int, kv_heads: int, block_size: int, content: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    return torch.empty(num_blocks, kv_heads, block_size, content, dtype=dtype).uniform_(-1, 1)
+    cache = torch.empty(num_blocks, kv_heads, block_size, content, dtype=dtype)
+    return cache.uniform_(-1, 1) if dtype.is_floating_point else cache.random_()
+
+
+def make_readable(views: PageViews) -> None:
+    """Replaces random bits that are no bounds or parameters."""
+    values, params = views.bounds
+    if params is not None:
+        params.copy_(torch.tensor([-1, 2 / 255]))
+    else:
+        values.uniform_(-1, 1)
+    values.copy_(values.sort(dim=3).values)
+    if isinstance(views.value, Int4Values):
+        views.value.params.copy_(torch.tensor([-1, 2 / 15]))
 
 
 class Requests:
@@ -109,19 +129,19 @@ class Quest:
         dtype: torch.dtype,
         kv_heads: int = KV_HEADS,
         metadata_dtype: str = "auto",
+        kv_dtype: str = "auto",
+        selects: bool = True,
     ) -> None:
-        bounds_name = "" if metadata_dtype == "auto" else f", {metadata_dtype} bounds"
-        self.name = f"QUEST, {page_size}-token pages{bounds_name}"
-        self.block_size, self.page_size, self.tokens, self.kv_heads = block_size, page_size, tokens, kv_heads
-        layout = PageLayout(
-            block_size, page_size, HEAD_SIZE, for_cpu=True, dtype=dtype, metadata_dtype=metadata_dtype
+        formats = [kv_dtype] * (kv_dtype != "auto") + [f"{metadata_dtype} bounds"] * (
+            metadata_dtype != "auto"
         )
-        cache = random_cache(tokens // block_size, kv_heads, block_size, layout.content_size, dtype)
-        self.views = layout.views(cache)
-        bounds = self.views.bounds
-        bounds.values.copy_(bounds.values.sort(dim=3).values)
-        if bounds.params is not None:  # random bytes are no offsets and scales
-            bounds.params.copy_(torch.tensor([-1, 2 / 255]))
+        self.name = ", ".join([f"QUEST{'' if selects else ', all'}, {page_size}-token pages", *formats])
+        self.block_size, self.page_size, self.tokens, self.kv_heads = block_size, page_size, tokens, kv_heads
+        self.selects = selects
+        layout = PageLayout(block_size, page_size, HEAD_SIZE, True, dtype, kv_dtype, metadata_dtype)
+        shape = (tokens // block_size, kv_heads, block_size, layout.content_size)
+        self.views = layout.views(random_cache(*shape, layout.cache_dtype))
+        make_readable(self.views)
         start = time.perf_counter()
         cpu.warm_up(layout, kv_heads * GROUP, kv_heads, "max")
         self.compile_seconds = time.perf_counter() - start
@@ -136,6 +156,10 @@ class Quest:
         clock = [time.perf_counter()]
         cpu.store(key, value, views.key, views.value, views.bounds, slots)
         clock.append(time.perf_counter())
+        if not self.selects:
+            seq_lens = self.requests.seq_lens
+            cpu.attend_pages(query, views.key, views.value, table, seq_lens, None, self.page_size, SCALE)
+            return [clock[1] - clock[0], 0, 0, time.perf_counter() - clock[1]]
         scores = cpu.score_pages(query, views.bounds, table, self.num_pages, SCALE, "max")
         clock.append(time.perf_counter())
         budget = TOKEN_BUDGET // self.page_size
@@ -175,7 +199,7 @@ def report(times: dict[str, np.ndarray], context: int, dtype: torch.dtype) -> li
     rows = []
     print(f"\n{context:,} tokens, {str(dtype)[6:]}")
     print(
-        f"  {'':26} {'median':>8} {'p10':>8} {'p90':>8} {'faster by':>10} "
+        f"  {'':46} {'median':>8} {'p10':>8} {'p90':>8} {'faster by':>10} "
         + "".join(f"{p:>8}" for p in PARTS)
     )
     for name, samples in times.items():
@@ -189,7 +213,7 @@ def report(times: dict[str, np.ndarray], context: int, dtype: torch.dtype) -> li
             parts = "".join(f"{part:8.3f}" for part in row["parts"].values())
         loss = "  LOSES" if row["ratio"] < 1 and name.startswith("QUEST") else ""
         figures = "".join(f" {total[key]:8.3f}" for key in ("median", "p10", "p90"))
-        print(f"  {name:26}{figures} {row['ratio']:9.2f}x {parts}{loss}")
+        print(f"  {name:46}{figures} {row['ratio']:9.2f}x {parts}{loss}")
         rows.append(row)
     return rows
 
@@ -200,8 +224,8 @@ def compare(dtype: torch.dtype, arguments: argparse.Namespace) -> list[dict]:
     tokens = max(max(arguments.contexts), 2**30 // token_bytes)
     print(f"\n{str(dtype)[6:]}: K and V of each contender's pool take {tokens * token_bytes >> 20} MiB")
     contenders: list = [Dense(block_size, tokens, dtype) for block_size in DENSE_BLOCK_SIZES]
-    for page_size in arguments.page_sizes:
-        contenders.append(Quest(arguments.block_size, page_size, tokens, dtype))
+    for page_size, name in product(arguments.page_sizes, arguments.formats):
+        contenders.append(Quest(arguments.block_size, page_size, tokens, dtype, **FORMATS[name]))
         print(f"{contenders[-1].name}: compiled or loaded in {contenders[-1].compile_seconds:.2f} s")
     rows: list[dict] = []
     for context in arguments.contexts:
@@ -231,6 +255,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--formats", nargs="+", default=["auto"], choices=FORMATS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument(
         "--block-size", type=int, default=128, help="QUEST's; the dense kernel has its own two"
