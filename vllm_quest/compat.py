@@ -36,6 +36,34 @@ def _registered_member(name: str, path: str) -> AttentionBackendEnum:
     return AttentionBackendEnum[name]
 
 
+def register_kv_cache_dtype(name: str) -> None:
+    """Makes ``--kv-cache-dtype NAME`` valid, for a cache of bytes, where vLLM accepts new names.
+
+    Symptom: 0.32 checks the flag against a fixed list. Upstream: 0.33 has ``register_kv_cache_dtype``. Delete
+    the probe: with support for 0.32. The mode is ``NONE`` although the cache is quantized: ``CUSTOM`` has the
+    value of ``OCTAVE_K3V4`` in 0.33.0, and vLLM would treat the cache as Octave's.
+    """
+    from vllm.config import cache
+
+    register = getattr(cache, "register_kv_cache_dtype", None)
+    if register is None or name in cache.KV_CACHE_DTYPES:
+        return
+    import torch
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    class Handler:
+        """What vLLM asks about the dtype."""
+
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> KVQuantMode:
+            return KVQuantMode.NONE
+
+    Handler.name = name  # type: ignore[attr-defined]
+    register(name)(Handler)
+
+
 @contextmanager
 def llvmlite_hidden() -> Iterator[None]:
     """Hides llvmlite's library object while vLLM scans all modules for Triton kernels.

@@ -111,7 +111,7 @@ class PageLayout:
     def of(cls, spec: AttentionSpec, config: QuestConfig, dtype: torch.dtype, *, for_cpu: bool) -> PageLayout:
         """The layout of the layers that vLLM describes by `spec`; `dtype` is the model's."""
         return cls(
-            spec.block_size,
+            -(-spec.block_size // config.page_size) * config.page_size,  # vLLM also asks about 1-token blocks
             config.page_size,
             spec.head_size,
             for_cpu,
@@ -187,19 +187,22 @@ class PageLayout:
         """Cuts a layer's cache.
 
         Args:
-            kv_cache: ``[B, H, N, C]`` of `cache_dtype`, each ``[N, C]`` run contiguous.
+            kv_cache: ``[B, H, N, C]`` of `cache_dtype`, each ``[N, C]`` run contiguous; C is at least
+                `content_size`, and more where vLLM has made blocks larger since it asked.
 
         Raises:
             ValueError: The cache does not have this layout.
         """
-        content = self.content_size
+        content = kv_cache.shape[3]
         if (
-            kv_cache.shape[2:] != (self.block_size, content)
+            kv_cache.shape[2] != self.block_size
+            or content < self.content_size
             or kv_cache.stride()[2:] != (content, 1)
             or kv_cache.dtype != self.cache_dtype
         ):
             raise ValueError(
-                f"expected a cache [B, H, {self.block_size}, {content}] of {self.cache_dtype}, contiguous "
+                f"expected a cache [B, H, {self.block_size}, C] of {self.cache_dtype}, C >= "
+                f"{self.content_size}, with contiguous "
                 f"[N, C] runs, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides "
                 f"{kv_cache.stride()}"
             )
@@ -214,16 +217,16 @@ class PageLayout:
             )
             return PageViews(keys, Int4Values(parts["value"], parts["value_params"]), bounds, None)
         kv = parts["kv"]
+        return PageViews(*self.split(kv), bounds, kv)
+
+    def split(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, ``[B, H, N, D]`` each, of a dense cache ``[B, H, N, 2 * D]`` in the device's order."""
         if not self.for_cpu:
             key, value = kv.chunk(2, -1)
-            return PageViews(key, value, bounds, kv)
-        key, value = kv.flatten(2).chunk(2, -1)
-        return PageViews(
-            key=key.unflatten(-1, (self.head_size, self.block_size)).mT,
-            value=value.unflatten(-1, (self.block_size, self.head_size)),
-            bounds=bounds,
-            kv=kv,
-        )
+            return key, value
+        blocks, heads, size, dim = *kv.shape[:3], self.head_size
+        key, value = kv.view(blocks, heads, 2, size * dim).unbind(2)
+        return key.view(blocks, heads, dim, size).mT, value.view(blocks, heads, size, dim)
 
     def _cut(self, kv_cache: torch.Tensor, name: str) -> torch.Tensor:
         """One part of every run: ``[B, H, *shape]``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 BACKEND_NAME = "QUEST"
+INT4_CACHE_DTYPE = "quest_int4"  # --kv-cache-dtype, where vLLM accepts new names
 
 
 def register() -> None:
@@ -16,6 +17,7 @@ def register() -> None:
 
     if path := backend_path():
         compat.register_backend(BACKEND_NAME, path)
+        compat.register_kv_cache_dtype(INT4_CACHE_DTYPE)
         metrics.export()
 
 
