@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
+
+from vllm_quest.registration import INT4_CACHE_DTYPE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -110,9 +112,8 @@ class QuestConfig:
 
     @property
     def budget_pages(self) -> int:
-        """Pages read per (row, KV head), those always kept included; only where there is a budget."""
-        assert self.token_budget is not None
-        return self.token_budget // self.page_size
+        """Most pages read per (row, KV head), those always kept included."""
+        return (self.token_budget or NO_CONTEXT) // self.page_size
 
     @property
     def sparse_context(self) -> int:
@@ -156,6 +157,8 @@ class QuestConfig:
         """
         additional = vllm_config.additional_config
         config = cls.from_dict(additional.get("quest", {}) if isinstance(additional, dict) else {})
+        if vllm_config.cache_config.cache_dtype == INT4_CACHE_DTYPE:
+            config = replace(config, kv_dtype="int4")
         config.check_engine(vllm_config)
         return config
 
@@ -171,8 +174,8 @@ class QuestConfig:
             refused.append("the model uses MLA, which keeps no K per head for page bounds")
         if model is not None and model.is_encoder_decoder:
             refused.append("the model has cross-attention; only decoder self-attention is supported")
-        if cache.cache_dtype != "auto":
-            refused.append(f"--kv-cache-dtype is {cache.cache_dtype}; allowed: auto")
+        if cache.cache_dtype not in ("auto", INT4_CACHE_DTYPE):
+            refused.append(f"--kv-cache-dtype is {cache.cache_dtype}; allowed: auto, {INT4_CACHE_DTYPE}")
         if vllm_config.parallel_config.decode_context_parallel_size > 1:
             refused.append("--decode-context-parallel-size splits a context over ranks; allowed: 1")
         if cache.user_specified_block_size and cache.block_size % self.page_size:

@@ -153,10 +153,26 @@ class PageLayout:
         return self.content_size * self.cache_dtype.itemsize
 
     @property
+    def dense_bytes(self) -> int:
+        """Bytes of K and V per (token, KV head) in the model's dtype."""
+        return 2 * self.head_size * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of K and V per (token, KV head) as they are stored, zero points and scales of V included."""
+        return self.head_size + 4 * self.value_groups if self.is_int4 else self.dense_bytes
+
+    @property
+    def bounds_bytes(self) -> int:
+        """Bytes of the bounds per (page, KV head), their offset and scale included."""
+        params = 8 if self.metadata_dtype == "int8" else 0
+        return 2 * self.head_size * self.bounds_dtype.itemsize + params
+
+    @property
     def metadata_share(self) -> float:
         """Part of the cache that is not an element of K or V."""
-        bits = 4 if self.is_int4 else 8 * self.dtype.itemsize
-        return 1 - 2 * self.head_size * bits / 8 / self.content_bytes
+        elements = self.head_size if self.is_int4 else self.dense_bytes
+        return 1 - elements / self.content_bytes
 
     @cached_property
     def _parts(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:

@@ -38,6 +38,7 @@ COUNTERS = (
     Counter("decode_rows_sparse", "decode_rows", {"mode": "sparse", "reason": ""}, _ROWS),
     Counter("decode_rows_dense_context", "decode_rows", {"mode": "dense", "reason": "context"}, _ROWS),
     Counter("decode_rows_dense_layer", "decode_rows", {"mode": "dense", "reason": "dense_layers"}, _ROWS),
+    Counter("decode_rows_dense_budget", "decode_rows", {"mode": "dense", "reason": "no_budget"}, _ROWS),
     Counter("decode_rows_dense_window", "decode_rows", {"mode": "dense", "reason": "sliding_window"}, _ROWS),
     Counter("prefill_tokens_dense", "prefill_tokens", {}, "Prefill tokens (x layer), always dense."),
     Counter("pages_scored", "pages_scored", {}, "Pages whose bounds sparse rows read (x KV head x layer)."),

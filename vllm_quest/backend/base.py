@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from vllm_quest.backend import workspace
 from vllm_quest.backend.support import explain, refusal
 from vllm_quest.config import QuestConfig, current_config
 from vllm_quest.layout import PageLayout, PageViews
-from vllm_quest.registration import BACKEND_NAME
+from vllm_quest.registration import BACKEND_NAME, INT4_CACHE_DTYPE
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -28,7 +29,7 @@ def _no(cls: type) -> bool:
 class QuestBackend:
     """What QUEST supports on any device; mixed into a subclass of vLLM's `AttentionBackend`."""
 
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", INT4_CACHE_DTYPE]
     supports_kv_cache_update_bypass: ClassVar[bool] = False  # vLLM 0.33: K and V written past the bounds
 
     @staticmethod
@@ -38,7 +39,7 @@ class QuestBackend:
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Enlarges the KV block by the bounds of its pages."""
+        """Says what a KV block takes: K, V and the bounds of its pages."""
         if spec.state_content_bytes is not None:
             return spec
         layout = PageLayout.of(spec, current_config(), spec.dtype, for_cpu=False)
@@ -51,7 +52,7 @@ class QuestBackend:
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        """K, V and the bounds share the model's dtype."""
+        """The model's dtype, or ours of 4 bits."""
         return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
 
     # vLLM's dense backends answer some of these with yes. Each would have another context than the request's
@@ -81,27 +82,56 @@ class QuestImpl:
         config: The engine's configuration.
         layout: The cut of this layer's blocks.
         dense_reason: Why this layer is dense, a key of `layers.DENSE_REASONS`; None for a sparse layer.
+        storage: Memory of the workspace through which 4-bit pages are prefilled, the same for all layers;
+            None where K and V are in the model's dtype.
     """
 
     kernels: ClassVar[ModuleType]
     config: QuestConfig
     layout: PageLayout
     dense_reason: str | None
+    storage: torch.Tensor | None
     scale: float  # vLLM's
     can_return_lse_for_decode: ClassVar[bool] = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        # vLLM's kernels never see the 4-bit pages: what they read is in the model's dtype.
+        dense_dtype = "auto" if kv_cache_dtype == INT4_CACHE_DTYPE else kv_cache_dtype
+        super().__init__(  # type: ignore[call-arg]
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            dense_dtype,
+            *args,
+            **kwargs,
+        )
         self.supports_dcp = self.supports_quant_query_input = False
-        current_config()  # remembered for customize_spec, which vLLM calls outside its configuration context
+        # Remembered for customize_spec, which vLLM calls outside its configuration context.
+        is_int4 = current_config().kv_dtype == "int4"
         unsupported = {
             "ALiBi": getattr(self, "alibi_slopes", None) is not None,
             "logits soft cap": bool(getattr(self, "logits_soft_cap", None)),
             "attention sinks": getattr(self, "sinks", None) is not None,
+            "sliding windows with kv_dtype=int4": is_int4 and sliding_window is not None,
         }
         if any(unsupported.values()):
             raise refusal([explain(feature) for feature, used in unsupported.items() if used])
         self._views: tuple[int, PageViews] | None = None
+        self.storage = workspace.allocate(num_kv_heads, head_size) if is_int4 else None
 
     def _fuses_nothing(self, *unused: object) -> bool:
         return False

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_quest.config import QuestConfig
+from vllm_quest.layout import PageLayout
 from vllm_quest.metrics import CounterFile
 
 
@@ -57,14 +58,14 @@ class StepCounts:
         counters.add(f"decode_rows_dense_{reason}", layers * self.decode_rows)
 
     def add_sparse_layer(
-        self, counters: CounterFile, num_kv_heads: int, vector_bytes: int, layers: int = 1
+        self, counters: CounterFile, num_kv_heads: int, layout: PageLayout, layers: int = 1
     ) -> None:
         """Counts `layers` layers whose sparse rows selected pages.
 
         Args:
             counters: The worker's.
             num_kv_heads: KV heads of this rank.
-            vector_bytes: Bytes of one K, V, kmin or kmax vector: head size times bytes per element.
+            layout: Says what a token and the bounds of a page take.
             layers: How many such layers.
         """
         heads = layers * num_kv_heads
@@ -74,7 +75,8 @@ class StepCounts:
             counters.add("decode_rows_sparse", layers * self.sparse_rows)
             counters.add("pages_scored", heads * self.pages_in_context)
             counters.add("pages_read", heads * self.pages_read)
-            # Two vectors each: K and V of a token, kmin and kmax of a page.
-            read = self.tokens_read + self.pages_in_context
-            counters.add("bytes_read", heads * read * 2 * vector_bytes)
-            counters.add("bytes_dense", heads * self.tokens_in_context * 2 * vector_bytes)
+            # Scoring reads the bounds of every page; 4-bit keys need those of the selected ones once more.
+            bounds_read = self.pages_in_context + (self.pages_read if layout.is_int4 else 0)
+            read = self.tokens_read * layout.token_bytes + bounds_read * layout.bounds_bytes
+            counters.add("bytes_read", heads * read)
+            counters.add("bytes_dense", heads * self.tokens_in_context * layout.dense_bytes)

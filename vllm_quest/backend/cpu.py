@@ -1,7 +1,8 @@
 """QUEST on CPU: vLLM's own CPU attention for dense rows, page selection for decode rows.
 
 Dense rows run vLLM's kernel over the K and V part of the same pages, so that with a budget that covers the
-context the outputs are those of ``CPU_ATTN``, bit for bit.
+context the outputs are those of ``CPU_ATTN``, bit for bit. It cannot read 4-bit pages: then it gets prefill
+only, through a workspace, and all decode rows are ours.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_quest.backend.base import QuestBackend, QuestImpl
 from vllm_quest.backend.layers import LayerPlan
 from vllm_quest.backend.rows import BatchRows, SparseRows, split_rows, token_indices
+from vllm_quest.backend.workspace import Turn, Workspace, take_turns
 from vllm_quest.config import QuestConfig
 from vllm_quest.kernels import cpu as kernels
 from vllm_quest.layout import PageLayout, PageViews
@@ -48,15 +50,17 @@ class QuestCPUBackend(QuestBackend, CPUAttentionBackend):
 
 @dataclass(frozen=True)
 class DenseRows:
-    """What vLLM's kernel attends to in a mixed batch.
+    """What one call of vLLM's kernel attends to.
 
     Attributes:
         tokens: The query tokens: a slice where they lie together, else ``[n]`` int64.
         metadata: vLLM's metadata of these tokens alone.
+        turn: With 4-bit pages, what has to lie in the workspace; else None.
     """
 
     tokens: slice | torch.Tensor
     metadata: CPUAttentionMetadata
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,14 @@ class QuestCPUMetadata:
 
     Attributes:
         rows: How the batch is cut.
-        whole: vLLM's metadata of the whole batch, for dense layers; None where no layer needs it.
-        dense: The dense rest of the batch, for sparse layers; None where every row is sparse.
+        whole: The whole batch as dense rows, for dense layers; None where no layer needs it, and with 4-bit
+            pages, which dense layers cut as sparse ones do.
+        dense: What is not `rows.sparse`.
     """
 
     rows: BatchRows
-    whole: CPUAttentionMetadata | None
-    dense: DenseRows | None
+    whole: DenseRows | None
+    dense: tuple[DenseRows, ...]
 
 
 class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -92,10 +97,12 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.isa = "vec" if self.head_dim % 32 == 0 else "vec16"
         self._set_isa_to_layers(layer_names)
         self.max_query_len = max_decode_query_len(vllm_config)
+        storage = next(iter(self.layers.values())).impl.storage
+        self.workspace = None if storage is None else Workspace(storage, self.layout, self.num_kv_heads)
         counters = CounterFile()
         for layer in self.layers.values():
-            layer.impl.counters = counters
-        self.configure(config).log(config, self.layout, self.dtype, self.num_kv_heads)
+            layer.impl.counters, layer.impl.workspace = counters, self.workspace
+        self.configure(config).log(config, self.layout, self.num_kv_heads)
 
     def configure(self, config: QuestConfig) -> LayerPlan:
         """Selects by `config` from the next step on; the cache must suit it: `QuestConfig.cache_fields`."""
@@ -123,33 +130,64 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         """Prepares one step; see the base class."""
         batch = common_attn_metadata
         rows = split_rows(batch, self.config, self.block_size, self.max_query_len)
-        needs_whole = rows.sparse is None or self.any_dense_layer
-        return QuestCPUMetadata(
-            rows=rows,
-            whole=super().build(common_prefix_len, batch, fast_build) if needs_whole else None,
-            dense=self._dense_rows(batch, rows) if rows.sparse else None,
-        )
-
-    def _dense_rows(self, batch: CommonAttentionMetadata, rows: BatchRows) -> DenseRows | None:
-        """vLLM's metadata for the query tokens that are not sparse; None where all are."""
-        starts = batch.query_start_loc_cpu.long()
-        dense_lens = starts.diff() - rows.sparse_lens
-        requests = dense_lens.nonzero().flatten()
+        if self.workspace is not None:
+            return QuestCPUMetadata(rows, None, self._through_workspace(batch, rows, self.workspace))
+        whole = None
+        if rows.sparse is None or self.any_dense_layer:
+            whole = DenseRows(slice(None), super().build(common_prefix_len, batch, fast_build))
+        if rows.sparse is None:
+            return QuestCPUMetadata(rows, whole, (whole,) if whole else ())
+        requests, lens, seq_lens = self._dense_requests(batch, rows)
         if len(requests) == 0:
-            return None
-        lens = dense_lens[requests]
-        tokens = token_indices(starts[requests], lens)
+            return QuestCPUMetadata(rows, whole, ())
+        dense = self._part(batch, requests, lens, seq_lens, batch.block_table_tensor[requests])
+        return QuestCPUMetadata(rows, whole, (dense,))
+
+    def _through_workspace(
+        self, batch: CommonAttentionMetadata, rows: BatchRows, workspace: Workspace
+    ) -> tuple[DenseRows, ...]:
+        """The prefilling requests, turn by turn."""
+        requests, lens, seq_lens = self._dense_requests(batch, rows)
+        turns = take_turns(
+            requests, seq_lens, lens, batch.block_table_tensor, self.block_size, len(workspace.kv)
+        )
+        parts, first = [], 0
+        for turn in turns:
+            part = slice(first, first + len(turn.requests))
+            parts.append(self._part(batch, turn.requests, lens[part], seq_lens[part], turn.block_table, turn))
+            first = part.stop
+        return tuple(parts)
+
+    def _dense_requests(
+        self, batch: CommonAttentionMetadata, rows: BatchRows
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The requests with tokens that are not sparse, how many those are, and the tokens that they see."""
+        dense_lens = batch.query_start_loc_cpu.long().diff() - rows.sparse_lens
+        requests = dense_lens.nonzero().flatten()
+        return requests, dense_lens[requests], (batch.seq_lens.long() - rows.sparse_lens)[requests]
+
+    def _part(
+        self,
+        batch: CommonAttentionMetadata,
+        requests: torch.Tensor,
+        lens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        turn: Turn | None = None,
+    ) -> DenseRows:
+        """The first `lens` query tokens of `requests`."""
+        tokens = token_indices(batch.query_start_loc_cpu.long()[requests], lens)
         first, last = int(tokens[0]), int(tokens[-1])
         part = batch.replace(
             query_start_loc=torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int(),
-            seq_lens=(batch.seq_lens - rows.sparse_lens)[requests].int(),
+            seq_lens=seq_lens.int(),
             num_reqs=len(requests),
             num_actual_tokens=len(tokens),
             max_query_len=int(lens.max()),
-            block_table_tensor=batch.block_table_tensor[requests],
+            block_table_tensor=block_table,
         )
         together = last - first + 1 == len(tokens)
-        return DenseRows(slice(first, last + 1) if together else tokens, super().build(0, part))
+        return DenseRows(slice(first, last + 1) if together else tokens, super().build(0, part), turn)
 
 
 class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
@@ -157,6 +195,7 @@ class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
 
     kernels: ClassVar[ModuleType] = kernels
     counters: CounterFile
+    workspace: Workspace | None
 
     def forward(
         self,
@@ -178,9 +217,13 @@ class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
             super().forward, layer, output_scale=output_scale, output_block_scale=output_block_scale
         )
 
-        def attend_dense(tokens: slice | torch.Tensor, metadata: CPUAttentionMetadata) -> None:
+        def attend_dense(dense: DenseRows) -> None:
+            tokens = dense.tokens
             target = output[tokens]  # a view for a slice, a copy for indices
-            attend(query[tokens], key, value, pages.kv, metadata, target)
+            cache = pages.kv
+            if dense.turn is not None:
+                cache = self._fill_workspace(layer, key[tokens], value[tokens], pages, dense.turn)
+            attend(query[tokens], key, value, cache, dense.metadata, target)
             if isinstance(tokens, torch.Tensor):
                 output[tokens] = target
 
@@ -189,27 +232,36 @@ class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
         if self.dense_reason:
             rows.counts.add_dense_layer(self.counters, self.dense_reason)
         else:
-            vector_bytes = self.head_size * kv_cache.element_size()
-            rows.counts.add_sparse_layer(self.counters, self.num_kv_heads, vector_bytes)
-        if self.dense_reason or rows.sparse is None:
-            assert attn_metadata.whole is not None
-            attend_dense(slice(None), attn_metadata.whole)
+            rows.counts.add_sparse_layer(self.counters, self.num_kv_heads, self.layout)
+        if self.dense_reason and attn_metadata.whole is not None:
+            attend_dense(attn_metadata.whole)
             return output
-        if attn_metadata.dense is not None:
-            attend_dense(attn_metadata.dense.tokens, attn_metadata.dense.metadata)
-        output[rows.sparse.tokens] = self._attend_sparse(query, pages, rows.sparse)
+        for dense in attn_metadata.dense:
+            attend_dense(dense)
+        if rows.sparse is not None:
+            output[rows.sparse.tokens] = self._attend_pages(query[rows.sparse.tokens], pages, rows.sparse)
         return output
 
-    def _attend_sparse(self, query: torch.Tensor, pages: PageViews, rows: SparseRows) -> torch.Tensor:
-        """Score, select, attend: ``[R, Hq, D]``."""
+    def _fill_workspace(
+        self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor, pages: PageViews, turn: Turn
+    ) -> torch.Tensor:
+        """The cache of one turn: its requests' stored context, and their new tokens as they are."""
+        assert self.workspace is not None
+        cache = self.workspace.load(self.kernels.dequantize_blocks, pages, turn)
+        super(QuestImpl, self).do_kv_cache_update(layer, key, value, cache, turn.slots)
+        return cache
+
+    def _attend_pages(self, query: torch.Tensor, pages: PageViews, rows: SparseRows) -> torch.Tensor:
+        """Score, select, attend, ``[R, Hq, D]``; in a dense layer attend to all pages."""
         config, kernels = self.config, self.kernels
-        query = query[rows.tokens]
-        scores = kernels.score_pages(
-            query, pages.bounds, rows.block_table, rows.num_pages, self.scale, config.group_reduce
-        )
-        page_indices = kernels.select_pages(
-            scores, rows.num_pages, config.budget_pages, config.sink_pages, config.recent_pages
-        )
+        page_indices = None
+        if not self.dense_reason:
+            scores = kernels.score_pages(
+                query, pages.bounds, rows.block_table, rows.num_pages, self.scale, config.group_reduce
+            )
+            page_indices = kernels.select_pages(
+                scores, rows.num_pages, config.budget_pages, config.sink_pages, config.recent_pages
+            )
         return kernels.attend_pages(
             query,
             pages.key,
@@ -219,5 +271,6 @@ class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
             page_indices,
             config.page_size,
             self.scale,
+            min_context=config.sparse_context,
             value_threshold=config.value_threshold,
         )

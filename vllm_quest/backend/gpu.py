@@ -138,9 +138,9 @@ class QuestGPUMetadataBuilder:
     ) -> None:
         """Decides which layers are sparse, and gives them what they share."""
         spec, config = self.spec, self.config
-        layout = PageLayout.of(spec, config, vllm_config.model_config.dtype, for_cpu=False)
+        self.layout = layout = PageLayout.of(spec, config, vllm_config.model_config.dtype, for_cpu=False)
         self.plan = LayerPlan.of(layers, config)
-        self.plan.log(config, layout, spec.dtype, spec.num_kv_heads)
+        self.plan.log(config, layout, spec.num_kv_heads)
         max_blocks = spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
         workspace = Workspace.for_decode(
             max_rows=self.max_rows,
@@ -234,8 +234,7 @@ class QuestGPUMetadataBuilder:
         )
         for reason, layers in self.plan.dense_counts.items():
             counts.add_dense_layer(self.counters, reason, layers)
-        vector_bytes = self.spec.head_size * self.spec.dtype.itemsize
-        counts.add_sparse_layer(self.counters, self.spec.num_kv_heads, vector_bytes, len(self.plan.sparse))
+        counts.add_sparse_layer(self.counters, self.spec.num_kv_heads, self.layout, len(self.plan.sparse))
 
 
 def _tail(batch: CommonAttentionMetadata, requests: int, tokens: int) -> CommonAttentionMetadata:

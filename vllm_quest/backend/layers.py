@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
 # Why a layer is dense: a counter's suffix, and the words of the start-up line.
-DENSE_REASONS = {"layer": "dense_layers", "window": "sliding window"}
+DENSE_REASONS = {"layer": "dense_layers", "window": "sliding window", "budget": "token_budget=null"}
 
 # A child of vLLM's logger: its handlers and level apply.
 logger = init_logger("vllm.plugins.quest")
@@ -30,7 +29,7 @@ class LayerPlan:
     Attributes:
         sparse: Names of the layers whose decode rows select pages.
         dense: Names of the others, each with its reason, a key of `DENSE_REASONS`: one of the first
-            `dense_layers`, or sliding-window attention, which reads little already.
+            `dense_layers`, sliding-window attention, which reads little already, or no budget at all.
     """
 
     sparse: tuple[str, ...]
@@ -41,7 +40,9 @@ class LayerPlan:
         """Decides for `layers`, by name."""
         dense = {}
         for name, layer in layers.items():
-            if layer.sliding_window is not None:
+            if config.token_budget is None:
+                dense[name] = "budget"
+            elif layer.sliding_window is not None:
                 dense[name] = "window"
             elif extract_layer_index(name) < config.dense_layers:
                 dense[name] = "layer"
@@ -52,32 +53,42 @@ class LayerPlan:
         """How many layers are dense, by reason."""
         return dict(Counter(self.dense.values()))
 
-    def log(self, config: QuestConfig, layout: PageLayout, dtype: torch.dtype, num_kv_heads: int) -> None:
-        """Logs one line: what is sparse, what is dense and why, and what a page weighs."""
+    def log(self, config: QuestConfig, layout: PageLayout, num_kv_heads: int) -> None:
+        """Logs one line: what is sparse, what is dense and why, and what the cache takes."""
         dense = []
         for reason, words in DENSE_REASONS.items():
             if names := [name for name, why in self.dense.items() if why == reason]:
                 dense.append(f"layers {_ranges(names)} dense ({words})")
-        vector = layout.page_size * layout.head_size * dtype.itemsize
         logger.info(
-            "QUEST: layers %s sparse; %s. Budget %d tokens = %d pages of %d (%d first, %d last always), "
-            "group_reduce=%s, min_context=%d. Page per KV head (%d here): K %d B, V %d B, bounds %d B; "
-            "metadata %.1f %% of the cache.",
+            "QUEST: layers %s sparse; %s. %sKV cache per token and KV head (%d here): %d B (%s), bounds of "
+            "%d tokens %d B (%s); metadata %.1f %% of the cache. %s",
             _ranges(self.sparse) or "none",
             "; ".join(dense) or "no layer dense",
-            config.token_budget,
-            config.budget_pages,
-            config.page_size,
-            config.sink_pages,
-            config.recent_pages,
-            config.group_reduce,
-            config.min_context,
+            _budget(config) if self.sparse else "",
             num_kv_heads,
-            vector,
-            vector,
-            2 * vector // layout.page_size,
+            layout.content_bytes,
+            layout.kv_dtype,
+            layout.page_size,
+            layout.bounds_bytes,
+            str(layout.bounds_dtype).removeprefix("torch.") if layout.metadata_dtype == "auto" else "int8",
             100 * layout.metadata_share,
+            _capacity(layout),
         )
+
+
+def _budget(config: QuestConfig) -> str:
+    return (
+        f"Budget {config.token_budget} tokens = {config.budget_pages} pages of {config.page_size} "
+        f"({config.sink_pages} first, {config.recent_pages} last always), "
+        f"group_reduce={config.group_reduce}, min_context={config.min_context}. "
+    )
+
+
+def _capacity(layout: PageLayout) -> str:
+    """How many tokens fit, against a cache of K and V alone in the model's dtype."""
+    gain = layout.dense_bytes / layout.content_bytes
+    dtype = str(layout.dtype).removeprefix("torch.")
+    return f"{gain:.2f} times the tokens of a dense {dtype} cache in the same memory."
 
 
 def _ranges(names: tuple[str, ...] | list[str]) -> str:

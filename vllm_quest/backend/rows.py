@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SparseRows:
-    """The query tokens that select pages; a row each, also where one request decodes several tokens.
+    """The query tokens that our kernels attend to; a row each, also where a request decodes several tokens.
 
     Attributes:
         tokens: ``[R]`` int64, index of each row in the batch's query.
         block_table: ``[R, M]`` int32, trimmed to the longest context.
         seq_lens: ``[R]`` int32, tokens that the row may see, itself included.
-        num_pages: ``[R]`` int32, pages in that context.
+        num_pages: ``[R]`` int32, pages in that context; 0 where the row reads all of them, and scoring and
+            selection have nothing to do.
     """
 
     tokens: torch.Tensor
@@ -36,9 +37,9 @@ class BatchRows:
     """A batch, cut by query token.
 
     Attributes:
-        sparse: The rows that select pages; None where no row does.
-        sparse_lens: ``[requests]`` int64, how many query tokens of each request those are, its last ones.
-            The ones before attend densely: prefill, and decode with a short context.
+        sparse: The rows of our kernels; None where there are none.
+        sparse_lens: ``[requests]`` int64, how many query tokens of each request those are, its last ones. The
+            ones before are left to vLLM's kernel: prefill and, unless pages have 4 bits, short contexts.
         counts: What the step adds to the counters.
     """
 
@@ -50,11 +51,12 @@ class BatchRows:
 def split_rows(
     batch: CommonAttentionMetadata, config: QuestConfig, block_size: int, max_decode_query_len: int
 ) -> BatchRows:
-    """Cuts a batch into rows that select pages and tokens that attend densely.
+    """Cuts a batch into rows of our kernels and tokens that vLLM's kernel attends to.
 
     A request decodes when its prompt is done and it brings no more tokens than one speculative verification;
     a prompt's last chunk is prefill however short it is, so that outputs do not depend on chunking. Only
-    `decode_tail` makes the end of a prompt decode too; then every prompt comes in one step.
+    `decode_tail` makes the end of a prompt decode too; then every prompt comes in one step. vLLM's kernel
+    cannot read 4-bit pages: then all decode rows are ours, and short contexts read all their pages.
 
     Args:
         batch: vLLM's metadata, its tensors on the CPU.
@@ -69,14 +71,15 @@ def split_rows(
         decodes &= ~batch.is_prefilling
     decode_lens = query_lens.where(decodes, query_lens.clamp(max=config.decode_tail))
     # Each token of a request sees one more than the token before it.
-    beyond = (batch.seq_lens.long() - config.sparse_context + 1).clamp(min=0)
+    shortest = 1 if config.kv_dtype == "int4" else config.sparse_context
+    beyond = (batch.seq_lens.long() - shortest + 1).clamp(min=0)
     sparse_lens = beyond.minimum(decode_lens) if batch.causal is True else torch.zeros_like(decode_lens)
     rows = _rows(batch, sparse_lens, starts, config, block_size) if sparse_lens.any() else None
     counts = StepCounts.of(
         config,
         prefill_tokens=int((query_lens - decode_lens).sum()),
         decode_rows=int(decode_lens.sum()),
-        sparse_lens=rows.seq_lens if rows else torch.empty(0),
+        sparse_lens=rows.seq_lens[rows.num_pages > 0] if rows else torch.empty(0),
     )
     return BatchRows(rows, sparse_lens, counts)
 
@@ -97,7 +100,7 @@ def _rows(
         tokens=tokens,
         block_table=batch.block_table_tensor[request, :blocks],
         seq_lens=seq_lens.int(),
-        num_pages=(-(-seq_lens // config.page_size)).int(),
+        num_pages=(-(-seq_lens // config.page_size)).where(seq_lens >= config.sparse_context, 0).int(),
     )
 
 

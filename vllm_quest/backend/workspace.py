@@ -2,8 +2,8 @@
 
 Before a layer attends, the stored context of the prefilling requests is dequantized into the workspace, and
 their new tokens are written behind it as they are. So the new tokens see each other at full precision, and a
-prompt's first chunk is computed exactly as without QUEST. All layers share one workspace, which holds the longest
-context that the engine allows; requests that do not fit together take turns.
+prompt's first chunk is computed exactly as without QUEST. All layers share one workspace, which holds the
+longest context that the engine allows; requests that do not fit together take turns.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ ROUNDED_TO = 1024  # tokens: blocks larger than that are not foreseen
 _storages: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
 
 
-def allocate(
-    max_model_len: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """The workspace's memory, the same for all layers that are alike.
+def allocate(num_kv_heads: int, head_size: int) -> torch.Tensor:
+    """The workspace's memory for the engine whose model is being built, the same for all layers.
 
-    To be called while the model is built: what is allocated then counts as the model's when vLLM sizes its cache.
+    What is allocated while the model is built counts as the model's when vLLM sizes its cache.
     """
-    tokens = -(-max_model_len // ROUNDED_TO) * ROUNDED_TO
-    key = (tokens * num_kv_heads * 2 * head_size, dtype, device)
+    from vllm.config import get_current_vllm_config
+    from vllm.platforms import current_platform
+
+    model = get_current_vllm_config().model_config
+    tokens = -(-model.max_model_len // ROUNDED_TO) * ROUNDED_TO
+    key = (tokens * num_kv_heads * 2 * head_size, model.dtype, current_platform.device_type)
     storage = _storages.get(key)
     if storage is None:
         # Zeros: what lies behind a context is masked, but must not be NaN.
-        storage = _storages[key] = torch.zeros(key[0], dtype=dtype, device=device)
+        storage = _storages[key] = torch.zeros(key[0], dtype=key[1], device=key[2])
     return storage
 
 
@@ -127,7 +129,7 @@ class Workspace:
         self._key, self._value = layout.split(self.kv)
 
     def load(self, dequantize_blocks: Callable[..., None], pages: PageViews, turn: Turn) -> torch.Tensor:
-        """Fills in the stored context of a turn's requests and returns the cache; new tokens are still to come."""
+        """Fills in the stored context of a turn's requests and returns the cache; new tokens come after."""
         assert isinstance(pages.key, Int4Keys)
         assert isinstance(pages.value, Int4Values)
         dequantize_blocks(pages.key, pages.value, turn.blocks, turn.num_tokens, self._key, self._value)
