@@ -49,6 +49,17 @@ BACKEND: Contract = {
         ),
         On(f"{_LAYER}.Attention", "windows stay dense; None means no window", attributes=("sliding_window",)),
     ),
+    "vllm_quest/backend/workspace.py": (
+        On(
+            "vllm.config.get_current_vllm_config",
+            "the engine whose model is being built",
+            called=("get_current_vllm_config()",),
+        ),
+        On("vllm.config.VllmConfig", attributes=("model_config: ModelConfig",)),
+        On("vllm.config.ModelConfig", "the longest context", attributes=("max_model_len", "dtype")),
+        On("vllm.platforms.current_platform", "where the model is built"),
+        On("vllm.platforms.Platform", attributes=("device_type",)),
+    ),
     "vllm_quest/backend/rows.py": (
         On(
             f"{_BACKEND}.CommonAttentionMetadata",

@@ -63,7 +63,11 @@ _GPU = (
             "compilation_config: CompilationConfig",
         ),
     ),
-    On("vllm.config.ModelConfig", "sizes of buffers", attributes=("max_model_len: int",)),
+    On(
+        "vllm.config.ModelConfig",
+        "sizes of buffers, and of elements",
+        attributes=("max_model_len: int", "dtype"),
+    ),
     On("vllm.config.SchedulerConfig", "sizes of buffers", attributes=("max_num_seqs: int",)),
     On("vllm.config.CompilationConfig", "sizes of buffers", attributes=("max_cudagraph_capture_size: int",)),
     On(

@@ -20,23 +20,6 @@ PLANNED: Contract = {
             ),
         ),
         On(
-            "vllm.config.cache.register_kv_cache_dtype",
-            "--kv-cache-dtype quest_int4 where vLLM allows it",
-            called=("register_kv_cache_dtype(name)",),
-            since="0.33",
-        ),
-        On(
-            "vllm.config.cache.KVCacheDTypeHandler",
-            "what register_kv_cache_dtype decorates",
-            declared=("torch_dtype(self)", "quant_mode(self)"),
-            since="0.33",
-        ),
-        On(
-            f"{_SPEC}.KVQuantMode.CUSTOM",
-            "what a handler answers; in 0.33.0 an alias of OCTAVE_K3V4",
-            since="0.33",
-        ),
-        On(
             f"{_SPEC}.AttentionSpec",
             "an int4 page",
             attributes=("kv_quant_mode",),

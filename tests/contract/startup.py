@@ -63,6 +63,21 @@ STARTUP: Contract = {
             "the new member is in __members__ and found by name",
             code=("member = object.__new__(cls)", "cls._member_map_[name] = member"),
         ),
+        On("vllm.config.cache", "where names of cache dtypes are registered, if they can be"),
+        On(
+            "vllm.config.cache.register_kv_cache_dtype",
+            "makes --kv-cache-dtype quest_int4 valid",
+            called=("register_kv_cache_dtype(name)",),
+            since="0.33",
+        ),
+        On(
+            "vllm.config.cache.KVCacheDTypeHandler",
+            "what register_kv_cache_dtype decorates",
+            declared=("torch_dtype(self)", "quant_mode(self)"),
+            since="0.33",
+        ),
+        On("vllm.config.cache.KV_CACHE_DTYPES", "whether the name is registered", since="0.33"),
+        On(f"{_SPEC}.KVQuantMode", "what the handler answers", members=("NONE = 0",)),
     ),
     "vllm_quest/config.py": (
         On(
@@ -100,6 +115,7 @@ STARTUP: Contract = {
         ),
     ),
     "vllm_quest/layout.py": (
+        On(f"{_SPEC}.AttentionSpec", "what a layer's blocks hold", attributes=("block_size", "head_size")),
         On(
             f"{_SPEC}.AttentionSpec.state_content_size_bytes",
             "state_content_bytes is C of the cache [B, H, N, C]",
