@@ -85,6 +85,14 @@ def vllm_config(quest: dict, layers: dict, speculated: int = 0) -> SimpleNamespa
     )
 
 
+def inputs(tokens: int, layer: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, K and V of a step in one of the two layers."""
+    random = torch.Generator().manual_seed(seed * 2 + layer)
+    query = torch.randn(tokens, HEADS, HEAD_SIZE, generator=random)
+    key, value = torch.randn(2, tokens, KV_HEADS, HEAD_SIZE, generator=random)
+    return query, key, value
+
+
 class Engine:
     """Two attention layers, requests with blocks of their own, and the batch of each step.
 
@@ -108,8 +116,10 @@ class Engine:
                 self.layers[f"model.layers.{index}.attn"] = layer
             spec = backend.customize_spec(spec)
             self.builder = backend.get_builder_cls()(spec, list(self.layers), config, torch.device("cpu"))
-        content = spec.state_content_size_bytes // 4
-        self.caches = [torch.full((NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, content), poison) for _ in self.layers]
+        shape = (NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, spec.state_content_size_bytes // spec.dtype.itemsize)
+        # A byte cache is full of 255: the largest codes, and NaN where floating numbers lie.
+        fill = 255 if spec.dtype == torch.uint8 else poison
+        self.caches = [torch.full(shape, fill, dtype=spec.dtype) for _ in self.layers]
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1))
         self.tables = order.view(MAX_REQUESTS, -1).int()
         self.lengths = [0] * MAX_REQUESTS
@@ -142,9 +152,7 @@ class Engine:
         metadata = self.builder.build(0, batch)
         outputs = []
         for index, layer in enumerate(self.layers.values()):
-            random = torch.Generator().manual_seed(seed * 2 + index)
-            query = torch.randn(int(starts[-1]), HEADS, HEAD_SIZE, generator=random)
-            key, value = torch.randn(2, int(starts[-1]), KV_HEADS, HEAD_SIZE, generator=random)
+            query, key, value = inputs(int(starts[-1]), index, seed)
             output = torch.full_like(query, torch.nan)
             layer.impl.do_kv_cache_update(layer, key, value, self.caches[index], batch.slot_mapping)
             layer.impl.forward(layer, query, key, value, self.caches[index], metadata, output)
