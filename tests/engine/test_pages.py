@@ -32,9 +32,10 @@ def test_engine_reads_the_pages_that_its_keys_ask_for(engine, prose, page_size) 
         checked.append((query, bounds, block_table, num_pages, scores))
         return scores
 
-    def attend_pages(query, key_cache, value_cache, block_table, seq_lens, pages, size, scale):
+    def attend_pages(query, key_cache, value_cache, block_table, seq_lens, pages, size, *rest, **options):
         check_step(*checked[-1], key_cache, seq_lens, pages, size)
-        return real.attend_pages(query, key_cache, value_cache, block_table, seq_lens, pages, size, scale)
+        caches = key_cache, value_cache
+        return real.attend_pages(query, *caches, block_table, seq_lens, pages, size, *rest, **options)
 
     spy = types.SimpleNamespace(**vars(real))
     spy.score_pages, spy.attend_pages = score_pages, attend_pages
@@ -49,7 +50,9 @@ def check_step(query, bounds, block_table, num_pages, scores, key_cache, seq_len
     group = query.shape[1] // KV_HEADS
     for row, length in enumerate(seq_lens.tolist()):
         keys = key_cache[block_table[row].long()].movedim(2, 1).flatten(0, 1)[:length].numpy()  # [T, H, D]
-        stored = bounds[block_table[row].long()].movedim(2, 1).flatten(0, 1).numpy()  # [pages, H, 2, D]
+        stored = (
+            bounds.values[block_table[row].long()].movedim(2, 1).flatten(0, 1).numpy()
+        )  # [pages, H, 2, D]
         starts = range(0, length, size)
         for page, start in enumerate(starts):
             np.testing.assert_array_equal(stored[page, :, 0], keys[start : start + size].min(0))

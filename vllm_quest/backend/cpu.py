@@ -109,7 +109,7 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.config = config
         plan = LayerPlan.of(self.layers, config)
         self.any_dense_layer = bool(plan.dense)
-        if plan.sparse:
+        if plan.sparse or self.layout.is_int4:
             kernels.warm_up(
                 self.layout,
                 self.num_heads,
