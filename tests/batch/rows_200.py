@@ -30,7 +30,7 @@ def good_line(number: int) -> bytes:
     """A row of one of three kinds; every fifth has the name of another row."""
     messages = [{"role": "user", "content": f"Count from {number} to {number + 9}."}]
     if number % 3 == 0:
-        row = {"prompt": f"{number}, {number + 1}, ", "max_tokens": TOKENS, "temperature": 0}
+        row = {"prompt": f"{number}, {number + 1}, ", "max_tokens": TOKENS, "seed": number, "logprobs": 1}
     elif number % 3 == 1:
         row = {"messages": messages, "max_tokens": TOKENS, "temperature": 0, "stop": "zzz"}
     else:

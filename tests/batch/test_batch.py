@@ -48,7 +48,10 @@ def check_records(output: Path) -> dict[str, dict]:
         else:
             assert record["error"] is None
             assert record["custom_id"] == json.loads(rows_200.good_line(number))["custom_id"]
-            assert 0 < record["response"]["body"]["usage"]["completion_tokens"] <= rows_200.TOKENS
+            body = record["response"]["body"]
+            assert 0 < body["usage"]["completion_tokens"] <= rows_200.TOKENS
+            if number % 3 == 0:
+                assert len(body["choices"][0]["logprobs"]["tokens"]) == body["usage"]["completion_tokens"]
     summary = json.loads((output / "summary.json").read_text())
     answered = [record["response"]["body"] for record in found if record["response"]]
     assert (summary["rows"], summary["errors"]) == (rows_200.ROWS, len(bad))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vllm_quest.batch.rows import SAMPLING, RowError, parse_row, sampling_fields, sampling_params
+from vllm_quest.batch.rows import RowError, parse_row, sampling_fields, sampling_params
 
 CHAT = [{"role": "user", "content": "Hello"}]
 
@@ -118,11 +118,13 @@ def test_a_bad_row_keeps_its_name() -> None:
     assert error.value.custom_id == "mine"
 
 
-def test_all_rows_carry_all_sampling_parameters() -> None:
-    params = sampling_params(sampling_fields({"temperature": 0, "stop": "x"}))
-    assert set(params) == {*SAMPLING, "structured_outputs"}
-    assert (params["temperature"], params["stop"], params["max_tokens"]) == (0, ["x"], 16)
-    assert sampling_params({"max_tokens": None})["max_tokens"] is None
+def test_sampling_parameters_in_vllms_types() -> None:
+    fields = sampling_fields({"temperature": 0, "stop": "x", "logit_bias": {"7": -100}})
+    params = sampling_params(fields)
+    assert params == {"temperature": 0.0, "stop": ["x"], "logit_bias": {7: -100.0}, "max_tokens": 16}
+    assert sampling_params({"max_tokens": None}) == {"max_tokens": None}
+    structured = {"structured_outputs": {"json": "{}"}}
+    assert sampling_params(structured) == structured | {"max_tokens": 16}
 
 
 @pytest.mark.parametrize(

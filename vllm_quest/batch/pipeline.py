@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -127,24 +128,26 @@ def prepare(row: dict[str, Any], model: str, model_name: str, defaults: dict[str
         "is_chat": False,
         "tokenized_prompt": [],
         "sampling_params": None,
+        "max_tokens": 0,
     }
     try:
         request = parse_row(row["line"], model_name)
     except RowError as error:
-        return empty | {"custom_id": error.custom_id, "max_tokens": None, INFERENCE_ERROR: str(error)}
+        return empty | {"custom_id": error.custom_id, INFERENCE_ERROR: str(error)}
     try:
         # A chat without max_tokens goes on until the context is full, as on vLLM's server.
         unlimited = {"max_tokens": None} if request.messages is not None else {}
         params = sampling_params(unlimited | defaults | request.sampling)
         tokens = _tokens(_tokenizer(model), request)
     except RowError as error:
-        return empty | {"custom_id": request.custom_id, "max_tokens": None, INFERENCE_ERROR: str(error)}
+        return empty | {"custom_id": request.custom_id, INFERENCE_ERROR: str(error)}
     return {
         "custom_id": request.custom_id,
         "is_chat": request.messages is not None,
         "tokenized_prompt": tokens,
-        "sampling_params": params,
-        "max_tokens": params["max_tokens"],
+        # A dict would go through Arrow, where an integer becomes a float beside a row that has none.
+        "sampling_params": UserDict(params),
+        "max_tokens": params["max_tokens"] or 0,
         INFERENCE_ERROR: "",
     }
 

@@ -56,7 +56,7 @@ def _choice(row: dict[str, Any]) -> dict[str, Any]:
     text, steps = row["generated_text"], row["logprobs"]
     ids = [int(token) for token in row["generated_tokens"]]
     # ray.data.llm does not hand on why vLLM stopped.
-    is_full = row["max_tokens"] is not None and len(ids) >= row["max_tokens"]
+    is_full = 0 < row["max_tokens"] <= len(ids)
     choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if is_full else "stop"}
     if row["is_chat"]:
         choice["message"] = {"role": "assistant", "content": text}

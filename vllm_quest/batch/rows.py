@@ -13,12 +13,11 @@ from typing import Any, NoReturn
 
 URLS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 ENVELOPE = ("custom_id", "method", "url", "body")
-# What a row and --sampling may set of vLLM's SamplingParams. All rows carry all of it: Arrow would fill the
-# gaps with nulls.
+# What a row and --sampling may set of vLLM's SamplingParams.
 SAMPLING = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs", "bad_words"),
-    *("allowed_token_ids", "skip_special_tokens", "spaces_between_special_tokens"),
+    *("logit_bias", "allowed_token_ids", "skip_special_tokens", "spaces_between_special_tokens"),
     "include_stop_str_in_output",
 )
 TEMPLATE = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
@@ -193,15 +192,15 @@ def _structured(response_format: Any) -> dict[str, Any] | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return {"json": None, "json_object": True}
+        return {"json_object": True}
     schema = (response_format.get("json_schema") or {}).get("schema") if kind == "json_schema" else None
     if not isinstance(schema, dict):
         raise RowError("response_format: of type text, json_object, or json_schema with a schema")
-    return {"json": json.dumps(schema), "json_object": None}
+    return {"json": json.dumps(schema)}
 
 
 def sampling_params(fields: dict[str, Any]) -> dict[str, Any]:
-    """All of `SAMPLING` and ``structured_outputs``: those of `fields`, else vLLM's defaults.
+    """The arguments of vLLM's SamplingParams: `fields` in vLLM's types, and ``max_tokens`` always.
 
     Args:
         fields: As `sampling_fields` returns them.
@@ -220,8 +219,8 @@ def sampling_params(fields: dict[str, Any]) -> dict[str, Any]:
         raise RowError("; ".join(f"{place}: {message}" for place, message in places if place)) from None
     except (ValueError, TypeError, VLLMError) as error:
         raise RowError(str(error)) from None
-    values = {name: getattr(params, name) for name in SAMPLING}
-    return values | {"structured_outputs": fields.get("structured_outputs")}
+    typed = {name: getattr(params, name) for name in SAMPLING if name in fields}
+    return {"max_tokens": params.max_tokens} | fields | typed
 
 
 @cache
