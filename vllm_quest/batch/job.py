@@ -31,7 +31,7 @@ def run(batch: Batch, address: str | None, verbose: bool = False) -> Summary:
         verbose: Prints what Ray and the engines log.
 
     Raises:
-        JobError: The output belongs to another batch, or rows are missing at the end.
+        JobError: The output belongs to another batch, the engines need GPUs, or rows are missing at the end.
         ClusterError: The cluster cannot run it.
         OSError, ValueError: The input cannot be read.
     """
@@ -57,6 +57,10 @@ def _answer(
     counters = str(Path(tempfile.gettempdir()) / f"vllm-quest-batch-{name}")
     with cluster.connected(address, counters, verbose):
         bundle = batch.bundle(cluster.has_gpus())
+        if batch.workers > 1 and "GPU" not in bundle:
+            raise JobError(
+                "--tensor-parallel-size, --pipeline-parallel-size: above 1 the cluster must have GPUs"
+            )
         cluster.check_room(bundle, batch.replicas, batch.workers)
         cluster.check_nodes(batch.model, bundle)
         tally = Tally.start()
