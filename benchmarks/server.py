@@ -13,11 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from vllm_quest.metrics import DIRECTORY_VARIABLE
+
 START_SECONDS, STOP_SECONDS = 240, 60
 
 
 class ServerError(RuntimeError):
     """The server did not come up; has the end of its log."""
+
+
+def own_environment() -> dict[str, str]:
+    """This process's environment without what an engine in this process has put there for itself."""
+    ours = {DIRECTORY_VARIABLE, "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_WORKER_MULTIPROC_METHOD"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 class Server:
@@ -55,9 +63,8 @@ def running_server(arguments: Sequence[str], log_file: Path) -> Iterator[Server]
         *("--shutdown-timeout", "30"),
         *arguments,
     ]
-    environment = {name: value for name, value in os.environ.items() if "MULTIPROCESSING" not in name}
     with log_file.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=own_environment())
     server = Server(f"http://127.0.0.1:{port}", process)
     try:
         _wait_until_healthy(server, log_file)

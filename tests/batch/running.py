@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from benchmarks.server import own_environment
 
 ENGINE = {
     "dtype": "float32",
@@ -33,9 +34,8 @@ def command(source: Path, output: Path, model: str, *more: str) -> list[str]:
 
 def start(arguments: list[str], log: Path, **variables: str) -> subprocess.Popen:
     """Starts a command with `variables` in its environment; what it prints goes to `log`."""
-    environment = {name: value for name, value in os.environ.items() if "MULTIPROCESSING" not in name}
     with log.open("a") as file:
-        return subprocess.Popen(arguments, stdout=file, stderr=file, env=environment | variables)
+        return subprocess.Popen(arguments, stdout=file, stderr=file, env=own_environment() | variables)
 
 
 def processes(driver: subprocess.Popen) -> list[psutil.Process]:

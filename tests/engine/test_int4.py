@@ -9,6 +9,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.running import GREEDY, KV_HEADS, LAYERS, generate, metric
+from tests.engine.test_sparse import passkey_prompt
 from vllm_quest import read_counters
 from vllm_quest.backend import cpu as cpu_backend
 from vllm_quest.kernels.reference_bounds import read_bounds
@@ -50,7 +51,8 @@ def test_pages_hold_what_was_stored(engine, prose) -> None:
     Codes are wrong by half a step at most when a page is quantized at once, and by a sixteenth of that more
     for each time its range has grown; uniform errors have an RMS of 0.289 steps.
     """
-    prompts = [prose[:300] + prose[i * 700 : i * 700 + 210 * (1 + i % 3)] for i in range(8)]
+    # Two blocks of each prompt are common. Sixteen blocks take seven prompts in, and none of them further.
+    prompts = [prose[:300] + prose[1000 + i * 700 :][: 195 + i] for i in range(8)]
     tight = engine(SPARSE, max_num_batched_tokens=256, max_model_len=1536, num_gpu_blocks_override=17)
     stored: dict[int, dict[int, torch.Tensor]] = {}  # by layer, then slot
     errors: list[torch.Tensor] = []
@@ -92,24 +94,20 @@ def errors_in_steps(key_cache, blocks: torch.Tensor, seq_len: int, stored: dict)
     return error / steps.clamp(min=1e-6)
 
 
-def test_a_pass_key_survives(engine, prose, model) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    key = tokenizer.encode(" The pass key is 48213. Remember it: the pass key is 48213.\n\n")
-    question = tokenizer.encode("\n\nThe pass key is")
-    prompt = prose[:1200] + key + prose[1200:3000] + question
-    answer = generate(engine(), [prompt], SamplingParams(temperature=0, max_tokens=6))[0]
-    assert "48213" in tokenizer.decode(answer)
+def test_a_pass_key_survives(engine, prose) -> None:
+    """Read by 4-bit decode rows: the prompt's own chunk sees it at full precision, and gives one token."""
     before = read_counters()
-    for quest in (DENSE, SPARSE | {"token_budget": 1024}):
-        got = generate(engine(quest), [prompt], SamplingParams(temperature=0, max_tokens=6))[0]
-        assert "48213" in tokenizer.decode(got)
+    for quest in (DENSE, SPARSE):
+        llm = engine(quest)
+        prompt = passkey_prompt(llm, prose, "71432", 0.5)
+        answer = llm.get_tokenizer().decode(generate(llm, [prompt])[0])
+        assert answer.strip().startswith("71432")
     grown = {name: value - before[name] for name, value in read_counters().items()}
-    assert grown["decode_rows_sparse"] == 5 * (LAYERS - 2)
-    assert grown["decode_rows_dense_budget"] == 5 * LAYERS
-    # A 4-bit page of 16 tokens is read in less than a quarter of its float32 bytes, bounds included.
-    assert grown["bytes_read"] < grown["bytes_dense"] / 4
+    steps = GREEDY.max_tokens - 1
+    assert grown["decode_rows_sparse"] == steps * (LAYERS - 2)
+    assert grown["decode_rows_dense_budget"] == steps * LAYERS
+    # A quarter of the context, in less than half of its float32 bytes, the bounds of all pages included.
+    assert grown["bytes_read"] < grown["bytes_dense"] / 8
 
 
 def test_decoding_is_the_same_in_any_company(engine, prose) -> None:

@@ -104,7 +104,7 @@ def test_sliding_window_layers_run_dense_and_say_so(tmp_path, plugin_log) -> Non
     assert "layers 0 dense (sliding window)" in text
     assert "layers 2 dense (sliding window)" in text
     assert "64 tokens = 8 pages of 8" in text
-    assert "bounds 256 B" in text  # kmin and kmax, 32 channels of 4 bytes
+    assert "bounds of 8 tokens 256 B (float32)" in text  # kmin and kmax, 32 channels of 4 bytes
     assert "metadata 11.1 %" in text
     before = vllm_quest.read_counters()
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, detokenize=False)

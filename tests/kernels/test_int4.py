@@ -83,15 +83,24 @@ KEYS = {
     seed=st.integers(0, 999),
 )
 def test_filling_a_page_costs_little(format, ops, chunks, kind, seed) -> None:
-    """At most 1.5 times the error of quantizing the same tokens at once, however they were written."""
+    """A full page has at most 1.5 times the error of quantizing it at once, however it was written.
+
+    Two tokens of a page that is still filling are its bounds themselves, without error when written at once;
+    there, an element is wrong by half a step at most, and a sixteenth of that more for each time that the
+    range has grown.
+    """
     tokens = sum(chunks)
     noise = torch.randn(tokens, HEADS, DIM, generator=torch.Generator().manual_seed(seed))
     key = KEYS[kind](noise)
     grown, at_once = new_cache(format), new_cache(format)
     write(ops, grown.pages, key, chunks)
     write(ops, at_once.pages, key, [tokens])
-    limit = 1.5 * page_errors(at_once.pages, key, format[0])
-    assert (page_errors(grown.pages, key, format[0]) <= limit + 1e-6 * key.abs().max()).all()
+    full = tokens // format[0]
+    limit = 1.5 * page_errors(at_once.pages, key, format[0])[:full]
+    assert (page_errors(grown.pages, key, format[0])[:full] <= limit + 1e-6 * key.abs().max()).all()
+    error = (stored(grown.pages, tokens)[0] - key).abs()
+    limit = (0.5 + format[0] / 32) * steps_of(grown.pages, tokens, format[0])
+    assert (error <= limit + 1e-6 * key.abs().max()).all()
     values = [stored(cache.pages, tokens)[1] for cache in (grown, at_once)]
     torch.testing.assert_close(*values, rtol=0, atol=0)
 
@@ -182,7 +191,10 @@ EXTREMES = {
 @pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "one outlier"])
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
-    """Whatever is stored reads back finite; what bfloat16 cannot hold, as its largest number."""
+    """Whatever is stored reads back finite; what bfloat16 cannot hold, as its largest number.
+
+    One outlier costs its own page and head their precision, and no other.
+    """
     key = torch.randn(19, HEADS, DIM, generator=torch.Generator().manual_seed(4))
     if everywhere:
         key[:] = EXTREMES[extreme]
@@ -191,16 +203,20 @@ def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
     cache = new_cache(format)
     write(ops, cache.pages, key, [9, 1, 1, 8])
     largest = torch.finfo(torch.bfloat16).max
+    expected = key.clamp(-largest, largest)
+    page = 11 // format[0]
+    apart = torch.ones(19, HEADS, dtype=torch.bool)
+    apart[page * format[0] : (page + 1) * format[0], 1] = False
     for part in stored(cache.pages, 19):
         assert part.isfinite().all()
-        expected = key.clamp(-largest, largest)
         if everywhere:
             torch.testing.assert_close(part, expected, rtol=2**-7, atol=1e-37)
         else:
             torch.testing.assert_close(part[11, 1, 3], expected[11, 1, 3], rtol=2**-7, atol=0.3)
-            torch.testing.assert_close(part[:8], expected[:8], rtol=0, atol=0.5)
-    query = torch.randn(1, 2 * HEADS, DIM, generator=torch.Generator().manual_seed(5))
-    table, length = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
+            torch.testing.assert_close(part[apart], expected[apart], rtol=0, atol=0.5)
+    # A query so small that its products are finite; sums over several of the largest numbers never are.
+    query = 1e-38 * torch.randn(1, 2 * HEADS, DIM, generator=torch.Generator().manual_seed(5))
+    table, length = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1 if everywhere else 19]).int()
     views = cache.pages
-    out = ops.attend_pages(query, views.key, views.value, table, length, None, format[0], 1e-30)
+    out = ops.attend_pages(query, views.key, views.value, table, length, None, format[0], 1.0)
     assert out.isfinite().all()
