@@ -10,13 +10,13 @@ How a task is judged follows from what the dense model makes of it:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean
 
 from benchmarks.accuracy.samples import Header, Results, Score
 from benchmarks.accuracy.statistics import Interval, bootstrap, wilson
-from benchmarks.report import read_shares
 
 __all__ = ["DENSE", "Cell", "Evaluation", "Summary", "evaluate"]
 
@@ -188,14 +188,23 @@ def _summary(
 
 
 def _kv_bytes_read(headers: dict[str, Header], name: str, scores: list[Score]) -> float | None:
-    """From the engine's counters; dense attention reads the whole context, all layers."""
+    """From the engine's counters. Rows that select nothing read their whole context as it is stored.
+
+    4-bit keys cannot be read without their bounds, so there all that is stored is read.
+    """
     if not scores or DENSE not in headers:
         return None
-    dense = mean(score.context_tokens for score in scores) * headers[DENSE].kv_bytes_per_token
-    if headers[name].quest is None:
+    header, tokens = headers[name], mean(score.context_tokens for score in scores)
+    dense = tokens * headers[DENSE].kv_bytes_per_token
+    if header.quest is None:
         return dense
-    counters: dict[str, int] = {}
+    counters: Counter[str] = Counter()
     for score in scores:
-        for key, amount in score.counters.items():
-            counters[key] = counters.get(key, 0) + amount
-    return dense * read_shares(counters)["bytes_all_layers"] if counters else None
+        counters.update(score.counters)
+    rows = sum(count for key, count in counters.items() if key.startswith("decode_rows_"))
+    if not rows:
+        return None
+    sparse = counters["decode_rows_sparse"] / rows
+    in_full = tokens * header.kv_bytes_per_token if header.quest.get("kv_dtype") == "int4" else dense
+    selected = dense * counters["bytes_read"] / counters["bytes_dense"] if sparse else 0.0
+    return sparse * selected + (1 - sparse) * in_full

@@ -6,6 +6,7 @@ their own markers.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +104,16 @@ def _points(
     axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color=GREY, linewidth=1, zorder=0)
     for number, (x, y, _) in enumerate(front, start=1):
         axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=9)
-    listed = "\n".join(f"{number}  {name}" for number, (_, _, name) in enumerate(front, start=1))
-    axes.annotate(listed, (1.02, 1), xycoords="axes fraction", va="top", fontsize=9, linespacing=1.5)
+    listed = "\n".join(_listed(number, name) for number, (_, _, name) in enumerate(front, start=1))
+    axes.annotate(listed, (1.02, 1), xycoords="axes fraction", va="top", fontsize=8.5, linespacing=1.4)
     axes.grid(alpha=0.3)
+
+
+def _listed(number: int, name: str) -> str:
+    """A configuration of the front, its name in lines that fit beside the picture."""
+    return textwrap.fill(
+        f"{number}  {name.replace('token_budget=', 'budget ')}", width=30, subsequent_indent="    "
+    )
 
 
 def _front(points: list[tuple[float, float, str]], better: int) -> list[tuple[float, float, str]]:

@@ -31,21 +31,23 @@ JUDGED = {
 
 
 def write_report(folder: Path) -> str:
-    """Writes everything and returns the text of ``report.md``.
+    """Writes everything; returns the text of ``report.md`` and the names of the pictures.
 
     Raises:
-        FileNotFoundError: No results in `folder`.
+        ValueError: No results in `folder`.
     """
     measured = [results for results in Results.in_folder(folder) if results.headers]
     if not measured:
-        raise FileNotFoundError(f"{folder}: no results (*.jsonl) of python -m benchmarks.accuracy")
+        raise ValueError(f"{folder}: no results (*.jsonl) of python -m benchmarks.accuracy")
     evaluations = [evaluate(results) for results in measured]
     text = "\n".join(line for one in evaluations for line in _report(one))
     (folder / "report.md").write_text(text)
     (folder / "report.json").write_text(json.dumps([_as_json(one) for one in evaluations], indent=1) + "\n")
-    for one in evaluations:
-        write_plots(one, folder)
-    return text
+    try:
+        pictures = [path for one in evaluations for path in write_plots(one, folder)]
+    except ModuleNotFoundError as error:
+        return f"{text}\nNo pictures: {error}"
+    return "\n".join([text, *map(str, pictures)])
 
 
 def _report(one: Evaluation) -> Iterator[str]:

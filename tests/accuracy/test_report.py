@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,16 @@ def test_bytes_come_from_the_counters_with_dense_layers_read_in_full(evaluation:
     assert narrow.kv_bytes_read == pytest.approx(3968 * 1_000 * (3 * 0.25 + 1) / 4)
 
 
+def test_dense_rows_of_a_4_bit_cache_read_what_it_stores(tmp_path: Path) -> None:
+    results = Results(tmp_path / "model-4096.jsonl")
+    results.append(_header(DENSE, None, 1_000))
+    results.append(_header("all", {"page_size": 16, "kv_dtype": "int4"}, 300))
+    results.append(_score(DENSE, "needle", 0, exact=True, rank=1))
+    all_dense = {"decode_rows_sparse": 0, "decode_rows_dense_budget": 40, "bytes_read": 0, "bytes_dense": 0}
+    results.append(replace(_score("all", "needle", 0, exact=True, rank=1), counters=all_dense))
+    assert evaluate(results).summaries["all"].kv_bytes_read == 3968 * 300
+
+
 def test_changes_are_paired_by_sample(evaluation: Evaluation) -> None:
     cell = evaluation.cells["narrow", "prose"]
     assert cell.nll_change == (0.5, 0.5, 0.5)  # every sample loses exactly that
@@ -164,7 +175,7 @@ def test_results_without_dense_still_give_tables(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no results"):
+    with pytest.raises(ValueError, match="no results"):
         write_report(tmp_path)
 
 
