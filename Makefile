@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install install-ray model demo demo-batch bench-quick test contract lint compile-check clean distclean
+.PHONY: install install-ray model demo demo-batch bench-quick accuracy-quick test contract lint compile-check clean distclean
 
 install: $(INSTALLED)
 
@@ -63,6 +63,15 @@ test: install
 # Every supported version of vLLM has what we rely on; downloads each wheel once.
 contract: install
 	$(BIN)/python -m pytest tests/contract -m contract $(ARGS)
+
+# A small grid on the small model, from nothing: its scores, two scorers broken on purpose, tables and pictures.
+QUICK := --context 2048 --samples 10 --out results/quick
+accuracy-quick: install
+	$(BIN)/python -m benchmarks.accuracy $(QUICK) \
+	    --tasks needle,key_value,single_document_qa,code_completion,prose \
+	    --quest '{"token_budget": 256}' --quest '{"token_budget": 512}' --quest '{"token_budget": 512, "page_size": 8}'
+	$(BIN)/python -m benchmarks.accuracy.controls $(QUICK) --quest '{"token_budget": 512}'
+	$(BIN)/python -m benchmarks.accuracy report results/quick
 
 lint: install
 	$(BIN)/ruff check .
