@@ -20,7 +20,6 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.accuracy.configurations import Configurations, by_cache, from_entries
-from benchmarks.accuracy.grid import KV_CACHE_BYTES
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.statistics import Interval, bootstrap
 from benchmarks.machine import machine
@@ -112,7 +111,7 @@ def _measure(
                 next(iter(engine.values())),
                 longest,
                 model=model,
-                **({"kv_cache_memory_bytes": KV_CACHE_BYTES} | engine_args),
+                **engine_args,
             )
             try:
                 for name, config in engine.items():

@@ -25,7 +25,6 @@ from vllm_quest.config import QuestConfig
 __all__ = ["DENSE", "Grid"]
 
 DENSE = "dense"
-KV_CACHE_BYTES = 1 << 30
 
 
 @dataclass
@@ -84,7 +83,7 @@ class Grid:
             next(iter(engine.values())),
             max_model_len=self._longest(),
             model=self.model,
-            **({"kv_cache_memory_bytes": KV_CACHE_BYTES} | self.engine_args),
+            **self.engine_args,
         )
         try:
             for name, config in engine.items():

@@ -20,6 +20,7 @@ __all__ = ["Continuation", "Instrument", "Position"]
 
 TOP_TOKENS = 64  # log-probabilities returned per position
 TIMED_STEPS = 32
+CPU_CACHE_BYTES = 1 << 30
 FORCED_TOKENS = "forced_tokens"  # in SamplingParams.extra_args: the tokens that a request must decode
 
 
@@ -92,8 +93,11 @@ class Instrument:
             defaults |= {"attention_backend": "QUEST", "additional_config": {"quest": asdict(config)}}
         elif is_cpu:
             defaults |= {"attention_backend": "CPU_ATTN"}
+        if is_cpu:
+            defaults |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES}
         self.llm = LLM(max_model_len=max_model_len, **(defaults | engine_args))
         self.config = config
+        self.has_tail = is_cpu  # the GPU backend refuses decode_tail
         self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
         self.kv_bytes_per_token = sum(self.llm.collective_rpc("kv_bytes_per_token"))
         self._salts = (f"measured-{number}" for number in itertools.count())
@@ -109,7 +113,7 @@ class Instrument:
 
         In one step for all continuations with equally many tokens, where that gives what stepping gives.
         """
-        if self.config is not None and not self.config.steps_alike:
+        if self.config is not None and not (self.has_tail and self.config.steps_alike):
             return self.score_by_stepping(continuations)
         prompts = self._prefilled(continuations)
         results: list[list[Position]] = [[] for _ in continuations]

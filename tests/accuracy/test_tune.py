@@ -1,0 +1,99 @@
+"""The search and its arithmetic, without an engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_quest.accuracy import command, tune
+from vllm_quest.accuracy.instrument import Position
+from vllm_quest.accuracy.probes import ProbeError, recall_samples, text_samples
+from vllm_quest.accuracy.samples import Sample
+from vllm_quest.config import QuestConfig
+
+CONTEXT = 4096
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + [ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize("enough", [128, 256, 512, 1024, 2048, 4096])
+def test_bisection_finds_the_smallest_budget(enough) -> None:
+    tried: list[QuestConfig] = []
+
+    def try_one(config: QuestConfig) -> bool:
+        tried.append(config)
+        return config.token_budget >= enough
+
+    tune.smallest_passing(QuestConfig(dense_layers=0), CONTEXT, try_one)
+    assert len(tried) <= 3
+    assert all(config.dense_layers == 0 for config in tried)
+    passing = [config.token_budget for config in tried if config.token_budget >= enough]
+    assert (min(passing) == enough) if enough <= 2048 else not passing
+
+
+def test_budgets_hold_the_pages_that_are_always_read() -> None:
+    for page_size in (8, 16, 32, 64):
+        for budget in tune.budgets(512, QuestConfig(page_size=page_size)):
+            assert QuestConfig(page_size=page_size, token_budget=budget).budget_pages > 3
+
+
+def trial(**changes) -> tune.Trial:
+    fields = {
+        "config": QuestConfig(),
+        "text_loss": 0.5,
+        "text_error": 0.1,
+        "recall_loss": 0.0,
+        "read_share": 0.3,
+        "memory_share": 1.0,
+    }
+    return tune.Trial(**(fields | changes))
+
+
+def test_the_cheapest_trial_within_the_loss() -> None:
+    text, recall = trial(read_share=0.1, text_loss=1.2), trial(read_share=0.2, recall_loss=2.0)
+    good, better = trial(read_share=0.4), trial(read_share=0.3, recall_loss=None)
+    assert tune.cheapest([text, recall, good, better], 1.0) is better
+    assert tune.cheapest([text, recall], 1.0) is None
+
+
+def test_measured_loss_and_reads(monkeypatch) -> None:
+    """Two layers, one dense: 10 decoded tokens, each reading a quarter in the sparse layer."""
+    right, wrong = Position(-0.1, {7: -0.1, 8: -3.0}), Position(-1.1, {7: -1.1, 8: -0.2})
+    text = Sample("text", "a", (1,) * 100, (2,), (7,))
+    samples = [text, replace(text, question=(3,)), Sample("recall", "a", (1,) * 100, (2, 2, 2, 2), (7, 7))]
+    dense = tune.Dense([[right], [right], [right, right]], recall=100.0, kv_bytes_per_token=40.0)
+    counters = iter([dict.fromkeys(("decode_rows_sparse", "decode_rows_dense_layer", "bytes_read"), 0)])
+    grown = {"decode_rows_sparse": 10, "decode_rows_dense_layer": 10, "bytes_read": 10 * 20 * 100 // 4}
+    monkeypatch.setattr(tune.vllm_quest, "read_counters", lambda: next(counters, grown))
+    scores = [[[right], [wrong], [right, right, right, right, wrong]]]
+    instrument = SimpleNamespace(config=QuestConfig(), kv_bytes_per_token=44.0, score=lambda _: scores.pop())
+    result = tune.measure(instrument, samples, dense)
+    assert result.text_loss == pytest.approx(100 * (2.718281828**0.5 - 1))
+    assert result.recall_loss == 50
+    assert result.memory_share == pytest.approx(1.1)
+    assert result.read_share == pytest.approx((20 / 4 + 22) / 40)
+
+
+def test_probes_have_the_lengths_asked_for() -> None:
+    samples = recall_samples(Letters(), 300, lists=2)
+    assert len(samples) == 20
+    assert {len(sample.context) for sample in samples} == {300}
+    for sample in samples:
+        listed = "".join(map(chr, sample.context[1:]))
+        asked, answer = "".join(map(chr, sample.question)), "".join(map(chr, sample.answer))
+        assert f"{asked.strip()}{answer}\n" in listed
+    with pytest.raises(ProbeError, match=r"notes.txt has 6 tokens; allowed: at least 780"):
+        text_samples(Letters(), {"notes.txt": "short"}, 300)
+
+
+@pytest.mark.parametrize("text", ["0", "-1%", "100%"])
+def test_a_loss_is_a_percentage(text) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["model", "--max-loss", text])

@@ -1,0 +1,94 @@
+"""Which configurations a grid measures, and that its results survive an interruption."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+import pytest
+
+from benchmarks.accuracy import configurations
+from benchmarks.accuracy.engine import References
+from benchmarks.accuracy.samples import Header, Results, Score
+from vllm_quest.accuracy.instrument import Position
+from vllm_quest.config import SELECTION_FIELDS, QuestConfig, QuestConfigError
+
+BASE = QuestConfig(token_budget=512)
+
+
+@pytest.mark.parametrize("context", [1024, 4096, 8192])
+def test_standard_configurations_differ_and_have_names_of_their_own(context) -> None:
+    chosen = configurations.standard(context)
+    assert len({str(asdict(config)) for config in chosen.values()}) == len(chosen)
+    assert all(configurations.name_of(config) == name for name, config in chosen.items())
+
+
+def test_one_at_a_time_and_crossed() -> None:
+    factors = {"page_size": [8, 32], "dense_layers": [0, 1]}
+    alone = configurations.one_at_a_time(BASE, factors)
+    assert list(alone) == [
+        "token_budget=512",
+        "token_budget=512 page_size=8",
+        "token_budget=512 page_size=32",
+        "token_budget=512 dense_layers=0",
+        "token_budget=512 dense_layers=1",
+    ]
+    crossed = configurations.crossed(BASE, factors)
+    assert len(crossed) == 4
+    assert "token_budget=512 page_size=32 dense_layers=1" in crossed
+
+
+def test_an_engine_serves_what_reads_the_same_cache() -> None:
+    factors = {"page_size": [16, 8], "dense_layers": [0, 1], "group_reduce": ["max", "softmax_mean"]}
+    groups = configurations.by_cache(configurations.crossed(BASE, factors))
+    assert [len(group) for group in groups] == [4, 4]
+    for group in groups:
+        assert len({str(config.cache_fields) for config in group.values()}) == 1
+
+
+def test_every_field_is_either_of_the_cache_or_of_the_selection() -> None:
+    names = {field.name for field in fields(QuestConfig)}
+    assert set(SELECTION_FIELDS) < names
+    assert set(BASE.cache_fields) == names - set(SELECTION_FIELDS)
+    assert "page_size" in BASE.cache_fields
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("token_budget=null,512", ("token_budget", [None, 512])),
+        ("group_reduce=max,mean", ("group_reduce", ["max", "mean"])),
+    ],
+)
+def test_fields_on_the_command_line(text, expected) -> None:
+    assert configurations.parse_field(text) == expected
+    with pytest.raises(QuestConfigError, match="names no value"):
+        configurations.parse_field("page_size")
+
+
+def score(sample: int) -> Score:
+    return Score("a", "needle", sample, 4096, 5, 0.5, True, 1.0, 0.0, counters={"pages_read": 3})
+
+
+def test_results_go_on_after_a_line_that_was_cut_off(tmp_path) -> None:
+    path = tmp_path / "model-4096.jsonl"
+    header = Header("a", asdict(BASE), 1.5, 128, "model", 4096, 0.1, {}, {}, "command", "date")
+    results = Results(path)
+    for record in (header, score(0), score(1)):
+        results.append(record)
+    path.write_text(path.read_text()[:-20])
+    again = Results(path)
+    assert again.headers == {"a": header}
+    assert again.scores == [score(0)]
+    assert again.has("a", "needle", 0)
+    assert not again.has("a", "needle", 1)
+    again.append(score(1))
+    assert [results.path for results in Results.in_folder(tmp_path)] == [path]
+    assert Results(path).scores == [score(0), score(1)]
+
+
+def test_references_come_back(tmp_path) -> None:
+    answer = [Position(-0.5, {3: -0.5, 4: -1.5})]
+    References(tmp_path / "r.jsonl").add(("needle", 2), answer)
+    again = References(tmp_path / "r.jsonl")
+    assert again["needle", 2] == answer
+    assert ("needle", 1) not in again
