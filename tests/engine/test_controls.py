@@ -53,6 +53,5 @@ def test_a_broken_scorer_loses_what_the_sound_one_recalls(quest, recalls, name) 
     sound = right_digits(quest, recalls)
     with broken_scorer(name):
         broken = right_digits(quest, recalls)
-    print(name, sound, broken)
     assert broken < sound - 0.2
     assert right_digits(quest, recalls) == sound  # nothing of it is left
