@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def _grid(arguments: argparse.Namespace) -> None:
         built = tasks.build(
             AutoTokenizer.from_pretrained(model), arguments.context, arguments.samples, arguments.seed, [name]
         )
+        if not arguments.ranks:
+            built = [replace(sample, distractors=()) for sample in built]
         samples |= {(name, index): sample for index, sample in enumerate(built)}
     Grid(
         model=model,
@@ -67,6 +70,7 @@ def _grid(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         rouge=tasks.rouge_l,
         engine_args=arguments.engine_args,
+        timed=arguments.times,
     ).run()
     print(f"python -m benchmarks.accuracy report {arguments.out}")
 
@@ -118,6 +122,8 @@ def _arguments() -> argparse.Namespace:
         metavar="JSON",
         help="one configuration; repeatable",
     )
+    add("--no-ranks", dest="ranks", action="store_false", help="score no distractors: most of the work")
+    add("--no-times", dest="times", action="store_false", help="for a machine that is busy otherwise")
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM")
     return parser.parse_args()
 

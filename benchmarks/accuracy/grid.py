@@ -39,6 +39,7 @@ class Grid:
         out: Folder of the results; what is there already is not measured again.
         rouge: ROUGE-L of a reference and a generated text.
         engine_args: More of vLLM's arguments.
+        timed: Whether the time per token is measured, which needs a machine that is otherwise idle.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Grid:
     out: Path
     rouge: Rouge
     engine_args: dict[str, Any] = field(default_factory=dict)
+    timed: bool = True
 
     def __post_init__(self) -> None:
         name = f"{Path(self.model).name}-{self.context}.jsonl"
@@ -87,7 +89,7 @@ class Grid:
         )
         try:
             for name, config in engine.items():
-                bar.set_description(f"{name}: time a step")
+                bar.set_description(f"{name}: time a step" if self.timed else name)
                 _configure(instrument, config)
                 self.results.append(self._header(instrument, name, config))
             for keys in self._by_context():
@@ -132,7 +134,7 @@ class Grid:
             block_size=instrument.block_size,
             model=Path(self.model).name,
             context=self.context,
-            seconds_per_token=instrument.seconds_per_token(context),
+            seconds_per_token=instrument.seconds_per_token(context) if self.timed else None,
             versions=facts,
             machine=device | {"load": f"{os.getloadavg()[0]:.1f}"},
             command=" ".join(["python -m benchmarks.accuracy", *sys.argv[1:]]),

@@ -63,7 +63,8 @@ class Header:
         block_size: Tokens per block that vLLM allocates.
         model: Name of the model.
         context: Tokens of context that the tasks were built for.
-        seconds_per_token: Of one decoded token, batch 1, at that context, measured in the same run.
+        seconds_per_token: Of one decoded token, batch 1, at that context, measured in the same run; None
+            where not measured.
         versions: Of this package, vLLM, torch, Python.
         machine: Device and cores.
         command: What was called.
@@ -76,7 +77,7 @@ class Header:
     block_size: int
     model: str
     context: int
-    seconds_per_token: float
+    seconds_per_token: float | None
     versions: dict[str, str]
     machine: dict[str, str]
     command: str
