@@ -4,7 +4,8 @@ How a task is judged follows from what the dense model makes of it:
 
     exact  the dense model gives more than half of the answers exactly: share of exact answers
     rank   it ranks the right answer first more than half of the time: share of first ranks
-    nll    there is nothing to choose between (prose, summaries): negative log-likelihood of the answer
+    nll    there is nothing to choose between (prose, summaries, no distractors scored): negative
+           log-likelihood of the answer
     None   the dense model cannot do it: reported, and in no average
 """
 
@@ -119,10 +120,10 @@ def _judged(dense: Iterable[Score]) -> str | None:
     scores = list(dense)
     if not scores:
         return None
-    if scores[0].rank is None:
-        return "nll"
     if mean(score.exact for score in scores) > CAN_DO:
         return "exact"
+    if scores[0].rank is None:
+        return "nll"
     return "rank" if mean(score.rank == 1 for score in scores) > CAN_DO else None
 
 

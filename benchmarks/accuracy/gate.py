@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -74,29 +75,38 @@ def main(arguments: list[str]) -> None:
     for entries in options.quest or DEFAULT:
         configurations |= from_entries(entries)
     model = options.model or str(prepare_model())
-    losses = _measure(model, configurations, _samples(model, options.context), options.engine_args)
-    for name, kinds in losses.items():
+    losses: dict[str, dict[str, Loss]] = {}
+    for name, kinds in _measure(model, configurations, _samples(model, options.context), options.engine_args):
+        losses[name] = kinds
         for kind, loss in kinds.items():
-            print(f"{name}: {_line(kind, loss)}")
-    if options.json:
-        result = {
-            "machine": machine(),
-            "model": Path(model).name,
-            "context": options.context,
-            "configurations": {name: asdict(config) for name, config in configurations.items()},
-            "losses": {
-                name: {kind: asdict(one) for kind, one in kinds.items()} for name, kinds in losses.items()
-            },
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{name}: {_line(kind, loss)}", flush=True)
+        if options.json:
+            options.json.write_text(
+                json.dumps(_as_json(model, options.context, configurations, losses), indent=1) + "\n"
+            )
     if not all(loss.passes for kinds in losses.values() for loss in kinds.values()):
         sys.exit("the gate is not passed")
 
 
+def _as_json(
+    model: str, context: int, configurations: Configurations, losses: dict[str, dict[str, Loss]]
+) -> dict[str, Any]:
+    """What is measured so far."""
+    return {
+        "machine": machine(),
+        "model": Path(model).name,
+        "context": context,
+        "configurations": {name: asdict(configurations[name]) for name in losses},
+        "losses": {
+            name: {kind: asdict(one) for kind, one in kinds.items()} for name, kinds in losses.items()
+        },
+    }
+
+
 def _measure(
     model: str, configurations: Configurations, samples: dict[str, list[Sample]], engine_args: dict[str, Any]
-) -> dict[str, dict[str, Loss]]:
-    """Losses by configuration and kind; dense is measured first, in an engine of its own."""
+) -> Iterator[tuple[str, dict[str, Loss]]]:
+    """Losses by kind, a configuration at a time; dense is measured first, in an engine of its own."""
     engines: list[dict[str, QuestConfig | None]] = [{"dense": None}]
     engines += [dict(group) for group in by_cache(configurations)]
     longest = max(
@@ -121,13 +131,11 @@ def _measure(
                     answers[name] = {
                         kind: _answers(instrument, group, bar) for kind, group in samples.items()
                     }
+                    if config is not None:
+                        dense, own = answers["dense"], answers[name]
+                        yield name, {kind: _loss(kind, dense[kind], own[kind]) for kind in own}
             finally:
                 instrument.close()
-    dense = answers.pop("dense")
-    return {
-        name: {kind: _loss(kind, dense[kind], kinds[kind]) for kind in kinds}
-        for name, kinds in answers.items()
-    }
 
 
 def _answers(instrument: Instrument, samples: list[Sample], bar: tqdm) -> list[list[Position]]:
@@ -181,8 +189,14 @@ def _samples(model: str, context: int) -> dict[str, list[Sample]]:
     return {
         "prose": tasks.build(tokenizer, context, passages, 0, ["prose"]),
         "code": _code(tokenizer, context, passages),
-        "recall": tasks.build(tokenizer, context, RECALL_QUERIES, 0, ["key_value"]),
+        "recall": list(map(_digits_only, tasks.build(tokenizer, context, RECALL_QUERIES, 0, ["key_value"]))),
     }
+
+
+def _digits_only(sample: Sample) -> Sample:
+    """The blank before the digits is no recall: it becomes the end of the question."""
+    blank, *digits = sample.answer
+    return replace(sample, question=(*sample.question, blank), answer=tuple(digits))
 
 
 def _code(tokenizer: Any, context: int, count: int) -> list[Sample]:
