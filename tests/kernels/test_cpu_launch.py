@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -107,3 +109,20 @@ def test_wrong_arguments_are_named(arguments, operation, position, wrong, name) 
     changed[position] = wrong(changed[position])
     with pytest.raises(ValueError, match=f"^{name}: "):
         getattr(cpu, operation)(*changed)
+
+
+BOUND = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from vllm_quest.kernels import cpu
+from vllm_quest.kernels.cpu.launch import use_torch_threads
+assert use_torch_threads() == torch.get_num_threads() == 2
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_a_bound_thread_does_not_take_the_others_away() -> None:
+    """As in a worker of vLLM: OpenMP has bound the importing thread to one core, and has more of them."""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
+    subprocess.run([sys.executable, "-c", BOUND], env=environment | {"OMP_NUM_THREADS": "2"}, check=True)

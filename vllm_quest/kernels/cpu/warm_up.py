@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+import numba
 import torch
 
 from vllm_quest.kernels.cpu.attend import attend_pages
@@ -13,6 +16,8 @@ from vllm_quest.layout import Int4Keys, Int4Values, PageLayout
 
 __all__ = ["warm_up"]
 
+logger = logging.getLogger("vllm.plugins.quest")
+
 
 def warm_up(
     layout: PageLayout,
@@ -21,7 +26,7 @@ def warm_up(
     group_reduce: str,
     value_threshold: float | None = None,
 ) -> None:
-    """Runs the operations once on a cache of one block.
+    """Runs the operations once on a cache of one block; warns where numba has fewer threads than torch.
 
     Args:
         layout: Of the cache.
@@ -30,6 +35,13 @@ def warm_up(
         group_reduce: As in the configuration.
         value_threshold: Likewise.
     """
+    if torch.get_num_threads() > numba.config.NUMBA_NUM_THREADS:
+        logger.warning(
+            "NUMBA_NUM_THREADS is %d: QUEST, and with it vLLM's own CPU kernels, run on fewer than the %d "
+            "threads that vLLM chose. Unset it, or import numba after vLLM.",
+            numba.config.NUMBA_NUM_THREADS,
+            torch.get_num_threads(),
+        )
     shape = (1, num_kv_heads, layout.block_size, layout.content_size)
     views = layout.views(torch.zeros(shape, dtype=layout.cache_dtype))
     query = torch.zeros(1, num_heads, layout.head_size, dtype=layout.dtype)
