@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from vllm_quest.config import METADATA_DTYPES
 from vllm_quest.kernels import triton as kernels
 from vllm_quest.layout import PageLayout, PageViews
 
@@ -109,23 +110,26 @@ class Recorder:
         return triton.compile(source, target=gpu, options=options.__dict__)
 
 
-def views(head_size: int, page_size: int) -> PageViews:
+def views(head_size: int, page_size: int, metadata_dtype: str) -> PageViews:
     block_size = max(32, page_size)
-    layout = PageLayout(block_size, page_size, head_size, for_cpu=False, dtype=torch.bfloat16)
+    layout = PageLayout(
+        block_size, page_size, head_size, False, torch.bfloat16, metadata_dtype=metadata_dtype
+    )
     cache = torch.zeros(BLOCKS, KV_HEADS, block_size, layout.content_size, dtype=layout.cache_dtype)
     return layout.views(cache)
 
 
-def launch_store(head_size: int, page_size: int, tokens: int) -> None:
-    pages = views(head_size, page_size)
+def launch_store(head_size: int, page_size: int, tokens: int, metadata_dtype: str) -> None:
+    pages = views(head_size, page_size, metadata_dtype)
     key = torch.zeros(tokens, KV_HEADS, head_size, dtype=torch.bfloat16)
     kernels.store(key, key, pages.key, pages.value, pages.bounds, torch.zeros(tokens, dtype=torch.int64))
 
 
-def launch_score(head_size: int, page_size: int, group: int, group_reduce: str) -> None:
+def launch_score(head_size: int, page_size: int, group: int, group_reduce: str, metadata_dtype: str) -> None:
     query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
     counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
-    kernels.score_pages(query, views(head_size, page_size).bounds, table, counts, SCALE, group_reduce)
+    bounds = views(head_size, page_size, metadata_dtype).bounds
+    kernels.score_pages(query, bounds, table, counts, SCALE, group_reduce)
 
 
 def launch_select(max_pages: int) -> None:
@@ -134,7 +138,7 @@ def launch_select(max_pages: int) -> None:
 
 
 def launch_attend(head_size: int, page_size: int, group: int, value_threshold: float | None) -> None:
-    pages = views(head_size, page_size)
+    pages = views(head_size, page_size, "auto")
     query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
     counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
     indices = torch.zeros(ROWS, KV_HEADS, 2048 // page_size, dtype=torch.int32)
@@ -155,14 +159,16 @@ def cases() -> list[Case]:
     found = []
     for head_size, page_size, group in GEOMETRIES:
         geometry = f"head {head_size}, page {page_size}"
-        for name, tokens in (("decode", 64), ("prefill", 8192)):
-            call = partial(launch_store, head_size, page_size, tokens)
-            found.append(Case("store", f"{geometry}, {name}", call))
-        # `mean` differs from `max` in one instruction: once is enough.
-        reduces = ("max", "softmax_mean", "mean") if head_size == 96 else ("max", "softmax_mean")
-        for reduce in reduces:
-            call = partial(launch_score, head_size, page_size, group, reduce)
-            found.append(Case("score", f"{geometry}, group {group}, {reduce}", call))
+        for bounds in METADATA_DTYPES:
+            suffix = "" if bounds == "auto" else f", {bounds} bounds"
+            for name, tokens in (("decode", 64), ("prefill", 8192)):
+                call = partial(launch_store, head_size, page_size, tokens, bounds)
+                found.append(Case("store", f"{geometry}, {name}{suffix}", call))
+            # `mean` differs from `max` in one instruction: once is enough.
+            reduces = ("max", "softmax_mean", "mean") if head_size == 96 else ("max", "softmax_mean")
+            for reduce in reduces:
+                call = partial(launch_score, head_size, page_size, group, reduce, bounds)
+                found.append(Case("score", f"{geometry}, group {group}, {reduce}{suffix}", call))
         for name, threshold in (("", None), (", threshold", 6.5)):
             call = partial(launch_attend, head_size, page_size, group, threshold)
             found.append(Case("attend", f"{geometry}, group {group}{name}", call))
@@ -233,7 +239,7 @@ def check(index: int, target_name: str) -> Result:
 
 def line(kernel, configuration, target, registers, shared, spilled, loads, problem) -> str:
     return (
-        f"{kernel:8}{configuration:42}{target:8}{registers:>10}{shared:>9}{spilled:>9}{loads:>12}  {problem}"
+        f"{kernel:8}{configuration:55}{target:8}{registers:>10}{shared:>9}{spilled:>9}{loads:>12}  {problem}"
     ).rstrip()
 
 

@@ -105,21 +105,11 @@ class QuestGPUMetadataBuilder:
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
+        config = QuestConfig.from_vllm_config(vllm_config)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self.supports_draft_decode_metadata_update = False
         # A builder of its own: vLLM's keeps the schedule of its last batch in one persistent buffer.
         self.prefill_builder = self.dense_builder(kv_cache_spec, layer_names, vllm_config, device)
-        self.config = QuestConfig.from_vllm_config(vllm_config)
-        if (self.config.kv_dtype, self.config.metadata_dtype) != ("auto", "auto"):
-            raise QuestConfigError("kv_dtype, metadata_dtype", "not auto", "auto on a GPU")
-        if self.config.token_budget is None:
-            raise QuestConfigError("token_budget", "null", "a number of tokens on a GPU")
-        if self.config.decode_tail:
-            raise QuestConfigError(
-                "decode_tail",
-                f"{self.config.decode_tail}",
-                "0 on a GPU, where only the batch's first rows decode",
-            )
         self.spec = kv_cache_spec
         self.max_query_len = max_decode_query_len(vllm_config)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # type: ignore[attr-defined]
@@ -129,35 +119,42 @@ class QuestGPUMetadataBuilder:
         self.row_pages = torch.zeros(self.max_rows, dtype=torch.int32, device=device)
         self.row_blocks: torch.Tensor | None = None  # of rows that are not requests: speculation
         self.counters = CounterFile()
-        self._start_layers(
-            get_layers_from_vllm_config(vllm_config, Attention, layer_names), vllm_config, device
-        )
+        self.layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        self.layout = PageLayout.of(kv_cache_spec, config, vllm_config.model_config.dtype, for_cpu=False)
+        max_blocks = kv_cache_spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
+        # vLLM rounds the width of the block table up.
+        self.max_pages = (max_blocks + MAX_BLOCK_PADDING) * self.layout.pages_per_block
+        self.configure(config).log(config, self.layout, kv_cache_spec.num_kv_heads)
 
-    def _start_layers(
-        self, layers: dict[str, Attention], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
-        """Decides which layers are sparse, and gives them what they share."""
-        spec, config = self.spec, self.config
-        self.layout = layout = PageLayout.of(spec, config, vllm_config.model_config.dtype, for_cpu=False)
-        self.plan = LayerPlan.of(layers, config)
-        self.plan.log(config, layout, spec.num_kv_heads)
-        max_blocks = spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
+    def configure(self, config: QuestConfig) -> LayerPlan:
+        """Selects by `config` from the next step on; the cache must suit it: `QuestConfig.cache_fields`.
+
+        A CUDA graph goes on as it was captured: only eager engines can be configured anew.
+        """
+        if config.kv_dtype != "auto":
+            raise QuestConfigError("kv_dtype", config.kv_dtype, "auto on a GPU")
+        if config.decode_tail:
+            raise QuestConfigError(
+                "decode_tail", f"{config.decode_tail}", "0 on a GPU, where only the batch's first rows decode"
+            )
+        self.config = config
+        self.plan = LayerPlan.of(self.layers, config)
         workspace = Workspace.for_decode(
             max_rows=self.max_rows,
-            num_heads=next(iter(layers.values())).num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            # vLLM rounds the width of the block table up.
-            max_pages=(max_blocks + MAX_BLOCK_PADDING) * layout.pages_per_block,
+            num_heads=next(iter(self.layers.values())).num_heads,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_size=self.spec.head_size,
+            max_pages=self.max_pages,
             budget_pages=config.budget_pages,
             page_size=config.page_size,
             group_reduce=config.group_reduce,
             min_context=config.sparse_context,
-            device=device,
+            device=self.row_lens.device,
         )
-        for name, layer in layers.items():
-            layer.impl.start(config, layout, self.plan.dense.get(name))
+        for name, layer in self.layers.items():
+            layer.impl.start(config, self.layout, self.plan.dense.get(name))
             layer.impl.workspace = workspace
+        return self.plan
 
     def build(
         self,

@@ -10,11 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_quest.layout import PageBounds
+
 __all__ = [
     "CHUNK",
     "GROUP_PAD",
     "SPLIT_TOKENS",
     "Choice",
+    "bound_strides",
+    "check_bounds",
     "check_cache",
     "check_group",
     "choose",
@@ -52,7 +56,7 @@ class Choice(NamedTuple):
 _CHOICES = {
     ("score", "ampere"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     ("score", "hopper"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
-    ("score", "blackwell"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
+    ("score", "blackwell"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 3), 256: Choice(32, 4, 2)},
     ("score", "cdna"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     ("attend", "ampere"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     ("attend", "hopper"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
@@ -136,6 +140,23 @@ def check_group(num_heads: int, num_kv_heads: int) -> int:
     if num_heads % num_kv_heads or num_heads > GROUP_PAD * num_kv_heads:
         raise ValueError(f"query: {num_heads} heads for {num_kv_heads} KV heads; allowed: groups of 1 to 16")
     return num_heads // num_kv_heads
+
+
+def check_bounds(bounds: PageBounds, head_size: int) -> None:
+    """ValueError where kmin and kmax of a page do not follow each other."""
+    values = bounds.values
+    if values.shape[3:] != (2, head_size) or values.stride()[2:] != (2 * head_size, head_size, 1):
+        raise ValueError(
+            f"bounds: {tuple(values.shape)} with strides {values.stride()} is not [B, H, P, 2, D]"
+        )
+
+
+def bound_strides(bounds: PageBounds) -> tuple[int, int, int, int]:
+    """Block and head stride of the bounds, and of their offsets and scales."""
+    params = bounds.values if bounds.params is None else bounds.params
+    block, head = bounds.values.stride()[:2]
+    params_block, params_head = params.stride()[:2]
+    return block, head, params_block, params_head
 
 
 def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: int) -> None:

@@ -11,7 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.kernels.triton.launch import check_group, choose, dot_type, split_count
+from vllm_quest.kernels.triton.launch import (
+    bound_strides,
+    check_bounds,
+    check_group,
+    choose,
+    dot_type,
+    split_count,
+)
 from vllm_quest.kernels.triton.split import arrive_last, split_range
 from vllm_quest.kernels.triton.workspace import Workspace, score_scratch
 from vllm_quest.layout import PageBounds
@@ -66,6 +73,7 @@ def _softmax_mean(
 def _score_kernel(
     query,
     bounds,
+    bound_params,
     block_table,
     num_pages,
     out,
@@ -78,6 +86,8 @@ def _score_kernel(
     stride_query_head,
     stride_block,
     stride_kv_head,
+    stride_params,
+    stride_params_head,
     stride_table,
     stride_out_row,
     stride_out_head,
@@ -98,8 +108,12 @@ def _score_kernel(
     if first >= end:
         return
     query += row * stride_query_row + kv_head * GROUP * stride_query_head
-    q = _load_signed_query(query, stride_query_head, GROUP, HEAD_SIZE, WIDTH).to(DOT)
+    q = _load_signed_query(query, stride_query_head, GROUP, HEAD_SIZE, WIDTH)
+    q_sum = tl.sum(q, 0)[None, :]
+    q = q.to(DOT)
     bounds += kv_head * stride_kv_head
+    if bound_params is not None:
+        bound_params += kv_head * stride_params_head
     block_table += row * stride_table
     out += row * stride_out_row + kv_head * stride_out_head
     pair = row * tl.num_programs(1) + kv_head
@@ -115,8 +129,12 @@ def _score_kernel(
         block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=known, other=0).to(tl.int64)
         offset = block * stride_block + (page % PAGES_PER_BLOCK) * (2 * HEAD_SIZE)
         inside = known[:, None] & (channel < 2 * HEAD_SIZE)
-        minmax = tl.load(bounds + offset[:, None] + channel, mask=inside, other=0.0).to(DOT)
+        minmax = tl.load(bounds + offset[:, None] + channel, mask=inside, other=0).to(DOT)
         score = tl.dot(minmax, q, input_precision="ieee")  # [TILE, 16]
+        if bound_params is not None:
+            params = bound_params + block * stride_params + (page % PAGES_PER_BLOCK) * 2
+            shift = tl.load(params, mask=known, other=0.0)
+            score = shift[:, None] * q_sum + tl.load(params + 1, mask=known, other=0.0)[:, None] * score
         if REDUCE == "max":
             tl.store(out + page, tl.max(tl.where(head < GROUP, score, float("-inf")), 1), mask=known)
         elif REDUCE == "mean":
@@ -171,16 +189,12 @@ def score_pages(
         ValueError: A shape, stride or choice that the kernel does not handle.
     """
     rows, num_heads, head_size = query.shape
-    values = bounds.values
-    num_kv_heads, pages_per_block = values.shape[1:3]
+    num_kv_heads, pages_per_block = bounds.values.shape[1:3]
     group = check_group(num_heads, num_kv_heads)
     max_pages = block_table.shape[1] * pages_per_block
     if group_reduce not in _REDUCES:
         raise ValueError(f"group_reduce: {group_reduce!r}; allowed: {', '.join(_REDUCES)}")
-    if values.shape[3:] != (2, head_size) or values.stride()[2:] != (2 * head_size, head_size, 1):
-        raise ValueError(
-            f"bounds: {tuple(values.shape)} with strides {values.stride()} is not [B, H, P, 2, D]"
-        )
+    check_bounds(bounds, head_size)
     if query.stride(2) != 1 or block_table.stride(1) != 1:
         raise ValueError("query, block_table: the last dimension must be contiguous")
     if out is None:
@@ -202,7 +216,7 @@ def score_pages(
         scratch, arrivals = workspace.scratch, workspace.arrivals
     _score_kernel[(splits, num_kv_heads, rows)](
         query,
-        values,
+        *bounds,
         block_table,
         num_pages,
         out,
@@ -213,8 +227,7 @@ def score_pages(
         max_pages,
         query.stride(0),
         query.stride(1),
-        values.stride(0),
-        values.stride(1),
+        *bound_strides(bounds),
         block_table.stride(0),
         out.stride(0),
         out.stride(1),
@@ -225,7 +238,8 @@ def score_pages(
         PAGES_PER_BLOCK=pages_per_block,
         REDUCE=group_reduce,
         TILE=choice.tile,
-        DOT=dot_type(values.dtype),
+        # Codes up to 255 are exact in 16 bits.
+        DOT=dot_type(bounds.values.dtype if bounds.params is None else query.dtype),
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
     )

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.kernels.triton.launch import check_cache
+from vllm_quest.kernels.triton.bounds import write_bounds
+from vllm_quest.kernels.triton.launch import bound_strides, check_bounds, check_cache
 from vllm_quest.layout import KeyCache, PageBounds, ValueCache
 
 __all__ = ["store"]
@@ -27,11 +28,14 @@ def _store_page(
     key_cache,
     value_cache,
     bounds,
+    bound_params,
     slot_mapping,
     token,
     stride_key,
     stride_value,
     stride_block,
+    stride_bounds,
+    stride_params,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr,
@@ -63,9 +67,11 @@ def _store_page(
     page_key = tl.where(new, new_key.to(tl.float32), old_key.to(tl.float32))
     kmin = tl.min(tl.where(written[:, None], page_key, float("inf")), 0)
     kmax = tl.max(tl.where(written[:, None], page_key, float("-inf")), 0)
-    bounds += block + first_position // PAGE_SIZE * (2 * HEAD_SIZE) + channel
-    tl.store(bounds, kmin.to(bounds.dtype.element_ty), mask=in_head)
-    tl.store(bounds + HEAD_SIZE, kmax.to(bounds.dtype.element_ty), mask=in_head)
+    page = first_position // PAGE_SIZE
+    bounds += slot // BLOCK_SIZE * stride_bounds + page * (2 * HEAD_SIZE)
+    if bound_params is not None:
+        bound_params += slot // BLOCK_SIZE * stride_params + page * 2
+    write_bounds(bounds, bound_params, kmin, kmax, channel, HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -75,6 +81,7 @@ def _store_kernel(
     key_cache,
     value_cache,
     bounds,
+    bound_params,
     slot_mapping,
     num_tokens,
     stride_key,
@@ -83,6 +90,10 @@ def _store_kernel(
     stride_value_head,
     stride_block,
     stride_kv_head,
+    stride_bounds,
+    stride_bounds_head,
+    stride_params,
+    stride_params_head,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr,
@@ -100,7 +111,9 @@ def _store_kernel(
     value += kv_head * stride_value_head
     key_cache += kv_head * stride_kv_head
     value_cache += kv_head * stride_kv_head
-    bounds += kv_head * stride_kv_head
+    bounds += kv_head * stride_bounds_head
+    if bound_params is not None:
+        bound_params += kv_head * stride_params_head
     last = tl.min(pending, 0)
     while last < num_tokens:
         _store_page(
@@ -109,11 +122,14 @@ def _store_kernel(
             key_cache,
             value_cache,
             bounds,
+            bound_params,
             slot_mapping,
             last,
             stride_key,
             stride_value,
             stride_block,
+            stride_bounds,
+            stride_params,
             HEAD_SIZE,
             HEAD_PAD,
             TOKEN_STRIDE,
@@ -137,12 +153,11 @@ def store(
     schedules them; padding may stand anywhere else.
 
     Args:
-        key: ``[T, H, D]``, the cache's dtype, contiguous in D.
+        key: ``[T, H, D]``, the model's dtype, contiguous in D.
         value: ``[T, H, D]``, likewise.
-        key_cache: ``[B, H, N, D]``, contiguous in D; written.
+        key_cache: ``[B, H, N, D]`` in the model's dtype, contiguous in D; written.
         value_cache: ``[B, H, N, D]``, with the strides of `key_cache`; written.
-        bounds: kmin and kmax of each page, with the block and head strides of
-            `key_cache`; written. A page holds a power of two of tokens.
+        bounds: kmin and kmax of each page, written. A page holds a power of two of tokens.
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped. Rows
             of `key` beyond T are padding too.
 
@@ -156,9 +171,8 @@ def store(
     if num_tokens == 0:
         return
     check_cache(key_cache, value_cache, page_size)
-    if bounds.values.stride() != (*key_cache.stride()[:2], 2 * head_size, head_size, 1):
-        raise ValueError(f"bounds: strides {bounds.values.stride()}; needed: views of one PageLayout")
-    if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype == bounds.values.dtype:
+    check_bounds(bounds, head_size)
+    if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype:
         raise ValueError(f"key, value: {key.dtype}, {value.dtype}; needed: the cache's {key_cache.dtype}")
     if key.stride(2) != 1 or value.stride(2) != 1 or slot_mapping.dtype != torch.int64:
         raise ValueError("key, value: contiguous in D; slot_mapping: int64")
@@ -169,7 +183,7 @@ def store(
         value,
         key_cache,
         value_cache,
-        bounds.values,
+        *bounds,
         slot_mapping,
         num_tokens,
         key.stride(0),
@@ -178,6 +192,7 @@ def store(
         value.stride(1),
         key_cache.stride(0),
         key_cache.stride(1),
+        *bound_strides(bounds),
         HEAD_SIZE=head_size,
         HEAD_PAD=head_pad,
         TOKEN_STRIDE=key_cache.stride(2),
