@@ -1,12 +1,13 @@
 """Times one decode step of one layer on a GPU: QUEST's four launches against vLLM's dense kernels.
 
     python -m benchmarks.kernels [--geometry llama-3.1-8b] [--context 4096 32768 131072] [--batch 1 8 64]
-                                 [--budget 2048] [--page-size 16] [--json PATH]
+        [--budget 2048] [--page-size 16] [--metadata-dtype auto int8] [--json PATH] [--plot PATH]
 
 A step stores one token per row and computes attention. It is captured in a CUDA graph of several layers, each
 with its own cache, together larger than the L2 cache: every layer finds it cold, as in a model. Times are
 medians of the graph's replays, divided by the layers. The limit is `benchmarks.roofline`'s bytes at the
-device's copy bandwidth, which is measured first. Without a GPU nothing runs.
+device's copy bandwidth, which is measured first. Dense kernels that are not installed are named, with the
+reason. Behind the table stand the break-even contexts and the worst case. Without a GPU nothing runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from pathlib import Path
 import torch
 import triton
 
+from benchmarks.dense_kernels import DENSE
+from benchmarks.kernels_report import line, series, summary
 from benchmarks.roofline import GEOMETRIES, Geometry, Step
+from benchmarks.throughput_pair import quest_bytes
+from vllm_quest.config import METADATA_DTYPES, QuestConfig
 from vllm_quest.kernels import triton as kernels
 from vllm_quest.layout import PageLayout
 
@@ -83,10 +88,12 @@ def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, 
     caches = random_caches(rows, geometry, layout.block_size, layout.content_size, layers)
     views = [layout.views(cache) for cache in caches]
     for pages in views:  # random bounds, but kmin below kmax
-        bounds = pages.bounds.values
+        bounds, params = pages.bounds
         kmin, kmax = (bound.clone() for bound in bounds.unbind(3))
         torch.minimum(kmin, kmax, out=bounds[:, :, :, 0])
         torch.maximum(kmin, kmax, out=bounds[:, :, :, 1])
+        if params is not None:
+            params.copy_(torch.tensor([-1, 2 / 255]))
     budget_pages, page_size = budget // layout.page_size, layout.page_size
     pages_to_score = (rows.seq_lens + page_size - 1) // page_size * (rows.seq_lens > budget)
     workspace = kernels.Workspace.for_decode(
@@ -134,11 +141,12 @@ def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, 
     return step
 
 
-def dense_step(rows: Rows, geometry: Geometry, block_size: int, layers: int, attend: Callable) -> Callable:
+def dense_step(rows: Rows, geometry: Geometry, block_size: int, layers: int, kind: str) -> Callable:
     from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
     caches = random_caches(rows, geometry, block_size, 2 * geometry.head_size, layers)
     one = torch.ones((), device="cuda")
+    attend = DENSE[kind](rows)
 
     def step() -> None:
         for cache in caches:
@@ -146,69 +154,22 @@ def dense_step(rows: Rows, geometry: Geometry, block_size: int, layers: int, att
             reshape_and_cache_flash(
                 rows.key, rows.value, key_cache, value_cache, rows.slot_mapping, "auto", one, one
             )
-            attend(rows, key_cache, value_cache)
+            attend(key_cache, value_cache)
 
     return step
 
 
-def flash_attn(rows: Rows, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
-
-    flash_attn_varlen_func(
-        q=rows.query,
-        k=key_cache,
-        v=value_cache,
-        out=rows.out,
-        cu_seqlens_q=rows.starts,
-        max_seqlen_q=1,
-        seqused_k=rows.seq_lens,
-        max_seqlen_k=rows.context,
-        softmax_scale=rows.scale,
-        causal=True,
-        block_table=rows.block_table,
-        fa_version=get_flash_attn_version(head_size=rows.query.shape[2]),
-    )
-
-
-def triton_attn(rows: Rows, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
-    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-
-    segments, (batch, heads, head_size) = 16, rows.query.shape
-    sums = [torch.empty(batch, heads, segments, device="cuda") for _ in range(2)]
-    unified_attention(
-        q=rows.query,
-        k=key_cache,
-        v=value_cache,
-        out=rows.out,
-        cu_seqlens_q=rows.starts,
-        max_seqlen_q=1,
-        seqused_k=rows.seq_lens,
-        max_seqlen_k=rows.context,
-        softmax_scale=rows.scale,
-        causal=True,
-        window_size=(-1, -1),
-        block_table=rows.block_table,
-        softcap=0,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        seq_threshold_3D=128 // key_cache.shape[2],
-        num_par_softmax_segments=segments,
-        softmax_segm_output=torch.empty(
-            batch, heads, segments, triton.next_power_of_2(head_size), device="cuda"
-        ),
-        softmax_segm_max=sums[0],
-        softmax_segm_expsum=sums[1],
-    )
-
-
-DENSE = {"FLASH_ATTN": flash_attn, "TRITON_ATTN": triton_attn}
-
-
-def measure(name: str, step: Step, repeats: int, bandwidth: float) -> dict:
+def measure(name: str, step: Step, metadata_dtype: str, repeats: int, bandwidth: float) -> dict:
     """One configuration: milliseconds per layer of QUEST and of each dense kernel that runs here."""
     geometry = step.geometry
-    layout = PageLayout(step.block_size, step.page_size, geometry.head_size, for_cpu=False, dtype=DTYPE)
+    layout = PageLayout(
+        step.block_size,
+        step.page_size,
+        geometry.head_size,
+        for_cpu=False,
+        dtype=DTYPE,
+        metadata_dtype=metadata_dtype,
+    )
     rows = Rows(geometry, step.batch, step.context, step.block_size)
     moved = sum(step.quest().values())
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
@@ -219,9 +180,9 @@ def measure(name: str, step: Step, repeats: int, bandwidth: float) -> dict:
             if kind == "QUEST":
                 total = median_ms(quest_step(rows, geometry, layout, step.token_budget, layers), repeats)
             else:
-                total = median_ms(dense_step(rows, geometry, step.block_size, layers, DENSE[kind]), repeats)
+                total = median_ms(dense_step(rows, geometry, step.block_size, layers, kind), repeats)
             times[kind] = total / layers
-        except (ImportError, NotImplementedError, RuntimeError) as error:  # not installed, or out of memory
+        except Exception as error:  # not installed, out of memory, or refused: the reason is printed
             left_out[kind] = f"{type(error).__name__}: {error}".splitlines()[0]
         torch.cuda.empty_cache()
     quest = times.get("QUEST", math.nan)
@@ -232,23 +193,15 @@ def measure(name: str, step: Step, repeats: int, bandwidth: float) -> dict:
         "context": step.context,
         "token_budget": step.token_budget,
         "page_size": step.page_size,
+        "metadata_dtype": metadata_dtype,
         "layers": layers,
         "milliseconds": times,
         "left_out": left_out,
         "speed_up": dense / quest,
+        "speed_up_limit": step.speed_up(),
         "gb_per_s": moved / 1e6 / quest,
         "share_of_limit": moved / 1e6 / quest / bandwidth,
     }
-
-
-def line(row: dict) -> str:
-    times = "".join(f"{kind} {time:.4f} ms  " for kind, time in row["milliseconds"].items())
-    missing = "".join(f"  no {kind}: {reason}" for kind, reason in row["left_out"].items())
-    return (
-        f"{row['geometry']:19} batch {row['batch']:<3} context {row['context']:<8}"
-        f"budget {row['token_budget']:<6} page {row['page_size']:<4}{times}{row['speed_up']:.2f}x  "
-        f"{row['gb_per_s']:.0f} GB/s  {row['share_of_limit']:.0%} of the limit{missing}"
-    )
 
 
 def main() -> None:
@@ -260,8 +213,10 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--budget", nargs="+", type=int, default=[2048])
     parser.add_argument("--page-size", nargs="+", type=int, default=[16])
+    parser.add_argument("--metadata-dtype", nargs="+", choices=METADATA_DTYPES, default=["auto"])
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--plot", type=Path, help="write a picture there")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("No GPU here: nothing was measured.")
@@ -271,12 +226,21 @@ def main() -> None:
     print(f"{device}, {bandwidth:.0f} GB/s, torch {torch.__version__}, Triton {triton.__version__}")
     results = []
     configurations = itertools.product(
-        arguments.geometry, arguments.batch, arguments.context, arguments.budget, arguments.page_size
+        arguments.geometry,
+        arguments.batch,
+        arguments.budget,
+        arguments.page_size,
+        arguments.metadata_dtype,
+        arguments.context,
     )
-    for name, batch, context, budget, page_size in configurations:
-        step = Step(GEOMETRIES[name], batch, context, budget, page_size, block_size=max(16, page_size))
-        results.append(measure(name, step, arguments.repeats, bandwidth))
+    for name, batch, budget, page_size, metadata_dtype, context in configurations:
+        geometry = GEOMETRIES[name]
+        pages = QuestConfig(token_budget=budget, page_size=page_size, metadata_dtype=metadata_dtype)
+        sizes = quest_bytes(pages, geometry.head_size)
+        step = Step(geometry, batch, context, budget, page_size, block_size=max(16, page_size), **sizes)
+        results.append(measure(name, step, metadata_dtype, arguments.repeats, bandwidth))
         print(line(results[-1]), flush=True)
+    print(f"\n{summary(results)}")
     if arguments.json:
         entries = {
             "device": device,
@@ -286,6 +250,10 @@ def main() -> None:
             "results": results,
         }
         arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+    if arguments.plot:
+        from benchmarks.plots import plot_kernels
+
+        plot_kernels(series(results), arguments.plot)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,30 @@ def plot_throughput(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_kernels(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Left: against the fastest dense kernel, and the limit of the bytes. Right: share of the bandwidth."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, rows in series.items():
+        contexts = [row["context"] for row in rows]
+        (drawn,) = left.plot(contexts, [row["speed_up"] for row in rows], "-o", markersize=3, label=name)
+        limits = [row["speed_up_limit"] for row in rows]
+        left.plot(contexts, limits, ":", linewidth=1, color=drawn.get_color())
+        right.plot(contexts, [100 * row["share_of_limit"] for row in rows], "-o", markersize=3, label=name)
+    left.axhline(1, color="k", linewidth=0.8)
+    left.set(xscale="log", ylim=(0, None), xlabel="context, tokens", ylabel="times the fastest dense kernel")
+    left.set_title("One decode step; dotted: the limit of the bytes")
+    right.set(xscale="log", ylim=(0, 100), xlabel="context, tokens", ylabel="% of the copy bandwidth")
+    right.set_title("How near the limit")
+    ticks = sorted({row["context"] for rows in series.values() for row in rows})
+    for axes in (left, right):
+        axes.set_xticks(ticks, [_short(context) for context in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def _short(tokens: int) -> str:
     """1024 as 1k, 1048576 as 1M."""
     for unit, size in (("M", 2**20), ("k", 2**10)):

@@ -1,0 +1,122 @@
+"""vLLM's dense decode kernels on a GPU, as `benchmarks.kernels` times them.
+
+Each factory takes what a step is given and returns ``attend(key_cache, value_cache)``; caches are
+``[B, N, H, D]``, strided. What must be planned on the host is planned there, before the graph is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+if TYPE_CHECKING:
+    from benchmarks.kernels import Rows
+
+Attend = Callable[[torch.Tensor, torch.Tensor], object]
+
+FLASHINFER_WORKSPACE = 1 << 28  # bytes
+
+
+def flash_attn(rows: Rows) -> Attend:
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    version = get_flash_attn_version(head_size=rows.query.shape[2])
+
+    def attend(key_cache: torch.Tensor, value_cache: torch.Tensor) -> object:
+        return flash_attn_varlen_func(
+            q=rows.query,
+            k=key_cache,
+            v=value_cache,
+            out=rows.out,
+            cu_seqlens_q=rows.starts,
+            max_seqlen_q=1,
+            seqused_k=rows.seq_lens,
+            max_seqlen_k=rows.context,
+            softmax_scale=rows.scale,
+            causal=True,
+            block_table=rows.block_table,
+            fa_version=version,
+        )
+
+    return attend
+
+
+def triton_attn(rows: Rows) -> Attend:
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    segments, (batch, heads, head_size) = 16, rows.query.shape
+    maxima, sums = (torch.empty(batch, heads, segments, device="cuda") for _ in range(2))
+    partial = torch.empty(batch, heads, segments, triton.next_power_of_2(head_size), device="cuda")
+
+    def attend(key_cache: torch.Tensor, value_cache: torch.Tensor) -> object:
+        return unified_attention(
+            q=rows.query,
+            k=key_cache,
+            v=value_cache,
+            out=rows.out,
+            cu_seqlens_q=rows.starts,
+            max_seqlen_q=1,
+            seqused_k=rows.seq_lens,
+            max_seqlen_k=rows.context,
+            softmax_scale=rows.scale,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=rows.block_table,
+            softcap=0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            seq_threshold_3D=128 // key_cache.shape[2],
+            num_par_softmax_segments=segments,
+            softmax_segm_output=partial,
+            softmax_segm_max=maxima,
+            softmax_segm_expsum=sums,
+        )
+
+    return attend
+
+
+def flashinfer(rows: Rows) -> Attend:
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    batch, blocks = rows.block_table.shape
+    block_size = -(-rows.context // blocks)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * blocks
+    last = torch.full((batch,), (rows.context - 1) % block_size + 1, dtype=torch.int32, device="cuda")
+    indices = rows.block_table.flatten()
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device="cuda"),
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=True,
+        paged_kv_indptr_buffer=torch.empty_like(starts),
+        paged_kv_indices_buffer=torch.empty_like(indices),
+        paged_kv_last_page_len_buffer=torch.empty_like(last),
+    )
+    wrapper.plan(
+        starts,
+        indices,
+        last,
+        num_qo_heads=rows.query.shape[1],
+        num_kv_heads=rows.key.shape[1],
+        head_dim=rows.query.shape[2],
+        page_size=block_size,
+        q_data_type=rows.query.dtype,
+        kv_data_type=rows.key.dtype,
+        sm_scale=rows.scale,
+    )
+
+    def attend(key_cache: torch.Tensor, value_cache: torch.Tensor) -> object:
+        return wrapper.run(rows.query, (key_cache, value_cache), out=rows.out)
+
+    return attend
+
+
+DENSE: dict[str, Callable[[Rows], Attend]] = {
+    "FLASH_ATTN": flash_attn,
+    "TRITON_ATTN": triton_attn,
+    "FLASHINFER": flashinfer,
+}
