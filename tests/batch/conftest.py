@@ -32,9 +32,12 @@ def cluster() -> Iterator[str]:
     import ray
 
     from vllm_quest.backend.cpu_platform import RAY_EXECUTOR_VARIABLE
+    from vllm_quest.metrics import DIRECTORY_VARIABLE
 
     with pytest.MonkeyPatch.context() as patch:
+        # What engines in this process have put there for themselves; Ray's processes would inherit it.
         patch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+        patch.delenv(DIRECTORY_VARIABLE, raising=False)
         patch.setenv(RAY_EXECUTOR_VARIABLE, "1")
         ray.init(address="local", num_cpus=6, num_gpus=2, include_dashboard=False, logging_level="ERROR")
     yield ray.get_runtime_context().gcs_address
