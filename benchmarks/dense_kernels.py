@@ -7,7 +7,7 @@ Each factory takes what a step is given and returns ``attend(key_cache, value_ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -20,6 +20,21 @@ Attend = Callable[[torch.Tensor, torch.Tensor], object]
 FLASHINFER_WORKSPACE = 1 << 28  # bytes
 
 
+def _arguments(rows: Rows) -> dict[str, Any]:
+    """What vLLM's two kernels call by the same names."""
+    return {
+        "q": rows.query,
+        "out": rows.out,
+        "cu_seqlens_q": rows.starts,
+        "max_seqlen_q": 1,
+        "seqused_k": rows.seq_lens,
+        "max_seqlen_k": rows.context,
+        "softmax_scale": rows.scale,
+        "causal": True,
+        "block_table": rows.block_table,
+    }
+
+
 def flash_attn(rows: Rows) -> Attend:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
@@ -27,17 +42,9 @@ def flash_attn(rows: Rows) -> Attend:
 
     def attend(key_cache: torch.Tensor, value_cache: torch.Tensor) -> object:
         return flash_attn_varlen_func(
-            q=rows.query,
             k=key_cache,
             v=value_cache,
-            out=rows.out,
-            cu_seqlens_q=rows.starts,
-            max_seqlen_q=1,
-            seqused_k=rows.seq_lens,
-            max_seqlen_k=rows.context,
-            softmax_scale=rows.scale,
-            causal=True,
-            block_table=rows.block_table,
+            **_arguments(rows),
             fa_version=version,
         )
 
@@ -53,18 +60,10 @@ def triton_attn(rows: Rows) -> Attend:
 
     def attend(key_cache: torch.Tensor, value_cache: torch.Tensor) -> object:
         return unified_attention(
-            q=rows.query,
             k=key_cache,
             v=value_cache,
-            out=rows.out,
-            cu_seqlens_q=rows.starts,
-            max_seqlen_q=1,
-            seqused_k=rows.seq_lens,
-            max_seqlen_k=rows.context,
-            softmax_scale=rows.scale,
-            causal=True,
+            **_arguments(rows),
             window_size=(-1, -1),
-            block_table=rows.block_table,
             softcap=0,
             q_descale=None,
             k_descale=None,
