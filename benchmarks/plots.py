@@ -18,21 +18,19 @@ def plot_context_cost(rows: list[dict[str, Any]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     kinds = sorted({(row["page_size"], row["metadata_dtype"]) for row in rows})
     shown = (16, "auto") if (16, "auto") in kinds else kinds[0]
+    mine = _of(rows, shown)
+    contexts = [row["context"] for row in mine]
+    left.plot(contexts, [row["dense_ms"] for row in mine], "k-o", markersize=3, label="dense (vLLM)")
     for kind in kinds:
-        mine = _of(rows, kind)
-        contexts = [row["context"] for row in mine]
-        if kind == shown:
-            left.plot(contexts, [row["dense_ms"] for row in mine], "k-o", markersize=3, label="dense (vLLM)")
-            limit = [row["quest_limit_ms"] for row in mine]
-            left.plot(contexts, limit, "k:", linewidth=1, label=f"limit of {_kind(shown)}")
-        times = [row["quest_ms"] for row in mine]
-        left.plot(contexts, times, "-o", markersize=3, label=f"QUEST, {_kind(kind)}")
+        times = {row["context"]: row["quest_ms"] for row in _of(rows, kind)}
+        left.plot([*times], [*times.values()], "-o", markersize=3, label=f"QUEST, {_kind(kind)}")
+    limit = [row["quest_limit_ms"] for row in mine]
+    left.plot(contexts, limit, "k:", linewidth=1, label=f"limit of {_kind(shown)}")
     left.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms per step and layer")
     left.set_title("One decode step")
     left.legend(fontsize=8)
-    mine = _of(rows, shown)
     right.stackplot(
-        [row["context"] for row in mine],
+        contexts,
         *([row["parts_ms"][part] / sum(row["parts_ms"].values()) for row in mine] for part in COLOURS),
         labels=list(COLOURS),
         colors=list(COLOURS.values()),
@@ -40,9 +38,9 @@ def plot_context_cost(rows: list[dict[str, Any]], path: Path) -> None:
     right.set(xscale="log", ylim=(0, 1), xlabel="context, tokens", ylabel="share of QUEST's step")
     right.set_title(f"Where the time goes, {_kind(shown)}")
     right.legend(fontsize=8, loc="lower left")
-    ticks = [row["context"] for row in mine[::2]]
+    ticks = contexts[::2]
     for axes in (left, right):
-        axes.set_xlim(mine[0]["context"], mine[-1]["context"])
+        axes.set_xlim(contexts[0], contexts[-1])
         axes.set_xticks(ticks, [_short(context) for context in ticks], minor=False)
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25)

@@ -1,6 +1,6 @@
 """The quality gate of the 4-bit cache: what configurations lose against dense attention, token by token.
 
-    python -m benchmarks.accuracy gate [--model MODEL] [--quest JSON ...] [--json PATH]
+    python -m benchmarks.accuracy gate [--model MODEL] [--quest JSON ...] [--flexgen] [--json PATH]
 
 Code and prose lose at most 0.01 nat per decoded token, key-value recall at most 2 points of its digits; each
 with a 95 % interval over samples, paired with dense. Ends with status 1 if a configuration's estimate fails.
@@ -32,8 +32,7 @@ __all__ = ["main"]
 
 MAX_NLL_LOSS = 0.01  # nat per token
 MAX_RECALL_LOSS = 2.0  # percentage points
-TEXT_TOKENS = 1_000  # decoded per kind of text, at least
-RECALL_QUERIES = 100
+FLEXGEN = "FlexGen: 4 bits per token and head"
 LEAD_TOKENS, ANSWER_TOKENS = 24, 64  # of one passage of code
 PASSAGES = 6  # per context
 DEFAULT: list[dict[str, Any]] = [
@@ -75,9 +74,12 @@ def main(arguments: list[str]) -> None:
     configurations: Configurations = {}
     for entries in options.quest or DEFAULT:
         configurations |= from_entries(entries)
+    if options.flexgen:
+        configurations[FLEXGEN] = QuestConfig(token_budget=None)
     model = options.model or str(prepare_model())
     losses: dict[str, dict[str, Loss]] = {}
-    for name, kinds in _measure(model, configurations, _samples(model, options.context), options.engine_args):
+    samples = _samples(model, options.context, options.text_tokens, options.queries)
+    for name, kinds in _measure(model, configurations, samples, options.engine_args):
         losses[name] = kinds
         for kind, loss in kinds.items():
             print(f"{name}: {_line(kind, loss)}", flush=True)
@@ -108,8 +110,10 @@ def _measure(
     model: str, configurations: Configurations, samples: dict[str, list[Sample]], engine_args: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Loss]]]:
     """Losses by kind, a configuration at a time; dense is measured first, in an engine of its own."""
+    own = {name: config for name, config in configurations.items() if name != FLEXGEN}
     engines: list[dict[str, QuestConfig | None]] = [{"dense": None}]
-    engines += [dict(group) for group in by_cache(configurations)]
+    engines += [dict(group) for group in by_cache(own)]
+    engines += [{FLEXGEN: configurations[FLEXGEN]}] if FLEXGEN in configurations else []
     longest = max(
         len(one.context) + len(one.question) + len(one.answer) + 1
         for group in samples.values()
@@ -122,9 +126,11 @@ def _measure(
                 next(iter(engine.values())),
                 longest,
                 model=model,
-                **engine_args,
+                **{"worker_extension_cls": "benchmarks.accuracy.flexgen.FlexGenWorker"} | engine_args,
             )
             try:
+                if FLEXGEN in engine:
+                    instrument.llm.collective_rpc("store_like_flexgen")
                 for name, config in engine.items():
                     bar.set_description(name)
                     if config is not None:
@@ -133,8 +139,8 @@ def _measure(
                         kind: _answers(instrument, group, bar) for kind, group in samples.items()
                     }
                     if config is not None:
-                        dense, own = answers["dense"], answers[name]
-                        yield name, {kind: _loss(kind, dense[kind], own[kind]) for kind in own}
+                        dense, mine = answers["dense"], answers[name]
+                        yield name, {kind: _loss(kind, dense[kind], mine[kind]) for kind in mine}
             finally:
                 instrument.close()
 
@@ -179,18 +185,18 @@ def _line(kind: str, loss: Loss) -> str:
     )
 
 
-def _samples(model: str, context: int) -> dict[str, list[Sample]]:
+def _samples(model: str, context: int, text_tokens: int, queries: int) -> dict[str, list[Sample]]:
     """Prose and key-value recall as the tasks have them, and the standard library's source, continued."""
     from transformers import AutoTokenizer
 
     from benchmarks.accuracy import tasks
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    passages = -(-TEXT_TOKENS // ANSWER_TOKENS)
+    passages = -(-text_tokens // ANSWER_TOKENS)
     return {
         "prose": tasks.build(tokenizer, context, passages, 0, ["prose"]),
         "code": _code(tokenizer, context, passages),
-        "recall": list(map(_digits_only, tasks.build(tokenizer, context, RECALL_QUERIES, 0, ["key_value"]))),
+        "recall": list(map(_digits_only, tasks.build(tokenizer, context, queries, 0, ["key_value"]))),
     }
 
 
@@ -241,6 +247,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         metavar="JSON",
         help="a configuration; repeatable; default: dense attention over 4-bit caches",
     )
+    parser.add_argument("--flexgen", action="store_true", help="its format too: K and V per token and head")
+    parser.add_argument(
+        "--text-tokens", type=int, default=1024, help="decoded per kind; default: %(default)s"
+    )
+    parser.add_argument("--queries", type=int, default=100, help="of recall; default: 100")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything measured to PATH")
     return parser.parse_args(arguments)
