@@ -109,14 +109,11 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.config = config
         plan = LayerPlan.of(self.layers, config)
         self.any_dense_layer = bool(plan.dense)
-        if plan.sparse or self.layout.is_int4:
-            kernels.warm_up(
-                self.layout,
-                self.num_heads,
-                self.num_kv_heads,
-                config.group_reduce,
-                config.value_threshold,
-            )
+        # Dense configurations store bounds too; numba's first launch, which counts OpenMP's threads anew,
+        # must not lie between vLLM's schedule and its attention.
+        kernels.warm_up(
+            self.layout, self.num_heads, self.num_kv_heads, config.group_reduce, config.value_threshold
+        )
         for name, layer in self.layers.items():
             layer.impl.start(config, self.layout, plan.dense.get(name))
         return plan
