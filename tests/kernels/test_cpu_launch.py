@@ -121,7 +121,6 @@ assert use_torch_threads() == torch.get_num_threads() == 2
 """
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_a_bound_thread_does_not_take_the_others_away() -> None:
     """As in a worker of vLLM: OpenMP has bound the importing thread to one core, and has more of them."""
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
