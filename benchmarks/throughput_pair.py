@@ -53,7 +53,8 @@ class Pair:
         """Prefill, decode and memory at `context` tokens and `batch` requests."""
         samples = [Samples(), Samples()]
         self._prefilled(context, 1, [Samples(), Samples()])  # the first of its length is not counted
-        self._prefilled(context, max(0, self.repeats - batch), samples)
+        if (more := self.repeats - batch) > 0:
+            self._prefilled(context, more, samples)
         prompts = self._prefilled(context, batch, samples)
         for repeat in range(-1, self.repeats):  # the first is not counted
             for side, engine in self._turn(repeat):

@@ -32,11 +32,21 @@ class FlexGenWorker(MeasuredWorker):
             layer.impl.forward = partial(_forward, layer.impl, layer.impl.forward)
 
 
-def _forward(impl: Any, attend: Callable[..., torch.Tensor], *arguments: Any, **named: Any) -> torch.Tensor:
-    kv_cache, metadata = named.get("kv_cache", arguments[4]), named.get("attn_metadata", arguments[5])
-    if metadata is not None:
-        _round_contexts(impl.pages(kv_cache), metadata.whole.metadata)
-    return attend(*arguments, **named)
+def _forward(
+    impl: Any,
+    attend: Callable[..., torch.Tensor],
+    layer: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    attn_metadata: Any,
+    *rest: Any,
+    **named: Any,
+) -> torch.Tensor:
+    if attn_metadata is not None:
+        _round_contexts(impl.pages(kv_cache), attn_metadata.whole.metadata)
+    return attend(layer, query, key, value, kv_cache, attn_metadata, *rest, **named)
 
 
 def _round_contexts(pages: Any, metadata: Any) -> None:

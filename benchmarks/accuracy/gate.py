@@ -74,12 +74,14 @@ def main(arguments: list[str]) -> None:
     configurations: Configurations = {}
     for entries in options.quest or DEFAULT:
         configurations |= from_entries(entries)
+    engines = by_cache(configurations)
     if options.flexgen:
-        configurations[FLEXGEN] = QuestConfig(token_budget=None)
+        engines.append({FLEXGEN: QuestConfig(token_budget=None)})
+        configurations |= engines[-1]
     model = options.model or str(prepare_model())
     losses: dict[str, dict[str, Loss]] = {}
     samples = _samples(model, options.context, options.text_tokens, options.queries)
-    for name, kinds in _measure(model, configurations, samples, options.engine_args):
+    for name, kinds in _measure(model, engines, samples, options.engine_args):
         losses[name] = kinds
         for kind, loss in kinds.items():
             print(f"{name}: {_line(kind, loss)}", flush=True)
@@ -107,20 +109,18 @@ def _as_json(
 
 
 def _measure(
-    model: str, configurations: Configurations, samples: dict[str, list[Sample]], engine_args: dict[str, Any]
+    model: str, groups: list[Configurations], samples: dict[str, list[Sample]], engine_args: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Loss]]]:
-    """Losses by kind, a configuration at a time; dense is measured first, in an engine of its own."""
-    own = {name: config for name, config in configurations.items() if name != FLEXGEN}
+    """Losses by kind, a configuration at a time; dense is measured first, each group in its own engine."""
     engines: list[dict[str, QuestConfig | None]] = [{"dense": None}]
-    engines += [dict(group) for group in by_cache(own)]
-    engines += [{FLEXGEN: configurations[FLEXGEN]}] if FLEXGEN in configurations else []
+    engines += [dict(group) for group in groups]
     longest = max(
         len(one.context) + len(one.question) + len(one.answer) + 1
         for group in samples.values()
         for one in group
     )
     answers: dict[str, Answers] = {}
-    with tqdm(total=(1 + len(configurations)) * sum(map(len, samples.values())), unit="sample") as bar:
+    with tqdm(total=sum(map(len, engines)) * sum(map(len, samples.values())), unit="sample") as bar:
         for engine in engines:
             instrument = Instrument(
                 next(iter(engine.values())),
@@ -139,8 +139,8 @@ def _measure(
                         kind: _answers(instrument, group, bar) for kind, group in samples.items()
                     }
                     if config is not None:
-                        dense, mine = answers["dense"], answers[name]
-                        yield name, {kind: _loss(kind, dense[kind], mine[kind]) for kind in mine}
+                        dense, own = answers["dense"], answers[name]
+                        yield name, {kind: _loss(kind, dense[kind], own[kind]) for kind in own}
             finally:
                 instrument.close()
 
@@ -251,7 +251,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text-tokens", type=int, default=1024, help="decoded per kind; default: %(default)s"
     )
-    parser.add_argument("--queries", type=int, default=100, help="of recall; default: 100")
+    parser.add_argument("--queries", type=int, default=100, help="of recall; default: %(default)s")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything measured to PATH")
     return parser.parse_args(arguments)
