@@ -93,6 +93,15 @@ def test_probes_have_the_lengths_asked_for() -> None:
         text_samples(Letters(), {"notes.txt": "short"}, 300)
 
 
+@pytest.mark.parametrize(("kv_dtypes", "groups"), [(["auto"], {None}), (["auto", "int4"], {None, 32})])
+def test_caches_that_are_tried(kv_dtypes, groups) -> None:
+    options = SimpleNamespace(kv_dtypes=kv_dtypes)
+    caches = [QuestConfig.from_dict(one) for one in command.CACHES if command._is_asked_for(one, options)]
+    assert {cache.kv_dtype for cache in caches} == set(kv_dtypes)
+    assert {cache.value_group_size for cache in caches} == groups
+    assert len(set(caches)) == len(caches)
+
+
 @pytest.mark.parametrize("text", ["0", "-1%", "100%"])
 def test_a_loss_is_a_percentage(text) -> None:
     with pytest.raises(SystemExit):
