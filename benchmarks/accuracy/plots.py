@@ -25,6 +25,7 @@ STYLES = {
     64: ("#CC79A7", "D"),
 }  # by page size
 GREY = "#666666"
+CONTROL = "control"  # how the names of scorers begin that are broken on purpose
 COLUMNS = 3
 
 Cost = Callable[[Summary], float | None]
@@ -86,7 +87,10 @@ def _pareto(one: Evaluation, cost: Cost, label: str, path: Path) -> Path:
 def _points(
     axes: Axes, one: Evaluation, cost: Cost, quality: Callable[[Summary], float | None], better: int
 ) -> None:
-    """Every configuration; those that no cheaper one equals in quality are joined, numbered and listed."""
+    """Every configuration; those that no cheaper one equals in quality are joined, numbered and listed.
+
+    Never the controls, which are measured on other tasks than the rest.
+    """
     dense = one.summaries[DENSE]
     reference = quality(dense) if better > 0 else 0.0
     if reference is not None:
@@ -100,6 +104,7 @@ def _points(
     ]
     for x, y, name in points:
         axes.plot(x, y, markersize=8, linestyle="none", **_style(one.summaries[name]))
+    points = [point for point in points if not point[2].startswith(CONTROL)]
     front = _front(points if reference is None else [*points, (100, reference, DENSE)], better)
     axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color=GREY, linewidth=1, zorder=0)
     for number, (x, y, _) in enumerate(front, start=1):
@@ -168,7 +173,9 @@ def _task_panel(axes: Axes, one: Evaluation, task: str, cost: Cost) -> None:
 
 
 def _style(summary: Summary) -> dict[str, Any]:
-    """Colour and form say the page size; hollow marks are quantized caches."""
+    """Colour and form say the page size; hollow marks are quantized caches, crosses controls."""
+    if summary.header.configuration.startswith(CONTROL):
+        return {"color": GREY, "marker": "x"}
     quest: dict[str, Any] = summary.header.quest or {}
     colour, marker = STYLES.get(quest.get("page_size", 0), (GREY, "X"))
     face = colour if quest.get("kv_dtype", "auto") == "auto" else "white"
@@ -178,7 +185,9 @@ def _style(summary: Summary) -> dict[str, Any]:
 def _legend(axes: Axes, one: Evaluation) -> None:
     shown: dict[str, dict[str, Any]] = {}
     for summary in one.summaries.values():
-        if summary.header.quest:
+        if summary.header.configuration.startswith(CONTROL):
+            shown["broken on purpose"] = _style(summary)
+        elif summary.header.quest:
             kv_dtype = summary.header.quest.get("kv_dtype", "auto")
             stored = "" if kv_dtype == "auto" else f", {kv_dtype}"
             shown[f"pages of {summary.header.quest['page_size']} tokens{stored}"] = _style(summary)
