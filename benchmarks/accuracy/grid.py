@@ -92,7 +92,7 @@ class Grid:
                 bar.set_description(f"{name}: time a step" if self.timed else name)
                 _configure(instrument, config)
                 self.results.append(self._header(instrument, name, config))
-            for keys in self._by_context():
+            for keys in self.by_context():
                 for name, config in engine.items():
                     wanted = {key: self.samples[key] for key in keys if key in missing[name]}
                     if not wanted:
@@ -106,7 +106,7 @@ class Grid:
         finally:
             instrument.close()
 
-    def _by_context(self) -> Iterable[list[Key]]:
+    def by_context(self) -> Iterable[list[Key]]:
         """Samples that share a context, in the order of the tasks."""
         groups: dict[str, list[Key]] = {}
         for key, sample in self.samples.items():
