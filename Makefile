@@ -65,7 +65,7 @@ contract: install
 	$(BIN)/python -m pytest tests/contract -m contract $(ARGS)
 
 # A small grid on the small model, from nothing: its scores, two scorers broken on purpose, tables and pictures.
-# A hundred needles: so many tell the mean over the layer from the sound scorer.
+# A hundred needles: with fifty, the intervals of the mean over the layer and the sound scorer overlap by two points.
 QUICK := --context 1024 --out results/quick
 QUICK_GRID := $(QUICK) --no-ranks --no-times --quest '{"token_budget": 192}' --quest '{"token_budget": 384}' \
     --quest '{"token_budget": 192, "page_size": 8, "metadata_dtype": "int8"}'
