@@ -174,6 +174,33 @@ def test_the_residual_of_another_page_is_not_used(format, ops) -> None:
     assert (error <= 1.1 * steps_of(cache.pages, size - 3, size) + 1e-6).all()
 
 
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+def test_attention_reads_the_residual_of_the_last_page(format, ops) -> None:
+    """The page that is being filled has keys of 8 bits; of 4 when a rejected draft took the residual."""
+    cache, size = new_cache(format), format[0]
+    views, tokens = cache.pages, 2 * size - 1
+    key = torch.randn(tokens + 2, HEADS, DIM, generator=torch.Generator().manual_seed(6))
+    query = torch.randn(1, HEADS, DIM, generator=torch.Generator().manual_seed(7))
+    table, length = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+
+    def outputs(keys: torch.Tensor) -> torch.Tensor:
+        logits = torch.einsum("hd,thd->ht", query[0], keys) * DIM**-0.5
+        return torch.einsum("ht,thd->hd", logits.softmax(-1), stored(views, tokens)[1])
+
+    def attend() -> torch.Tensor:
+        return ops.attend_pages(query, views.key, views.value, table, length, None, size, DIM**-0.5)[0]
+
+    write(ops, views, key[:tokens], [size, size - 1])
+    first, _ = stored(views, size)
+    exact = outputs(torch.cat([first, key[size:tokens]]))
+    coarse = outputs(stored(views, tokens)[0])
+    assert (attend() - exact).abs().max() < (coarse - exact).abs().max() / 4
+    write(ops, views, key[tokens:], [2], start=tokens)
+    coarse = outputs(stored(views, tokens)[0])
+    torch.testing.assert_close(attend(), coarse, rtol=1e-5, atol=1e-5)
+
+
 EXTREMES = {
     "zeros": torch.zeros(()),
     "negative zeros": -torch.zeros(()),

@@ -12,7 +12,7 @@ import torch
 from vllm_quest.kernels.reference_bounds import TINY, read_bounds, round_down, round_up, write_bounds
 from vllm_quest.layout import Int4Keys, Int4Values
 
-__all__ = ["dequantize_blocks", "dequantized", "store_int4"]
+__all__ = ["dequantize_blocks", "dequantized", "filling_keys", "store_int4"]
 
 LARGEST = torch.finfo(torch.bfloat16).max  # what larger elements, infinite ones too, are stored as
 STEPS = 15  # of a 4-bit code
@@ -86,7 +86,7 @@ def store_int4(
 
     new_keys = by_page(key)
     old_bounds = read_bounds(key_cache.bounds, block)[torch.arange(len(pages)), :, page]  # [pages, H, 2, D]
-    old_keys = _older_keys(key_cache, block, page, old_bounds)
+    old_keys = _fine_keys(key_cache, block, page, old_bounds)
     kmin = new_keys.masked_fill(~is_new, torch.inf).amin(2)
     kmax = new_keys.masked_fill(~is_new, -torch.inf).amax(2)
     write_bounds(key_cache.bounds, block, page, kmin, kmax, goes_on=first > 0)
@@ -108,14 +108,18 @@ def store_int4(
     value_cache.params[slots // page_size // pages_per_block, :, token] = params[owner, :, slots % page_size]
 
 
-def _older_keys(
+def _fine_keys(
     key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor, bounds: torch.Tensor
 ) -> torch.Tensor:
-    """The keys in n pages, ``[n, H, S, D]``, from 8 bits where the block's residual is the page's."""
+    """The keys in n pages, ``[n, H, S, D]``, from 8 bits where the block's residual is the page's.
+
+    The last token of a page, in whose place the page's number stands, has 4 bits always.
+    """
     code = unpack(key_cache.codes[block, :, page]).float()
     residual = unpack(key_cache.residual[block])
     belongs = residual[:, :, -1:] == (page % FINE)[:, None, None, None]
     fraction = torch.where(belongs, residual.float() - FINE // 2, 0) / FINE
+    fraction[:, :, -1] = 0
     zero, step = key_steps(bounds)
     return zero + step * (code + fraction)
 
@@ -129,8 +133,30 @@ def _quantize_values(values: torch.Tensor, groups: int) -> tuple[torch.Tensor, t
     return codes.round().clamp(0, STEPS).byte().flatten(-2), torch.stack((zero, scale), -1)
 
 
+def filling_keys(key_cache: Int4Keys, block_table: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    """The keys of every row's last page as attention reads them: from 8 bits where it has the residual.
+
+    Args:
+        key_cache: 4-bit codes.
+        block_table: ``[R, M]`` int32, the row's blocks in order.
+        seq_lens: ``[R]`` int32, at least 1.
+
+    Returns:
+        ``[R, H, S, D]`` float32.
+    """
+    pages_per_block, half = key_cache.codes.shape[2:4]
+    last = (seq_lens.long() - 1) // (2 * half)
+    block = block_table.long().gather(1, last[:, None] // pages_per_block)[:, 0]
+    page = last % pages_per_block
+    bounds = read_bounds(key_cache.bounds, block)[torch.arange(len(block)), :, page]
+    return _fine_keys(key_cache, block, page, bounds)
+
+
 def dequantized(key_cache: Int4Keys, value_cache: Int4Values) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole cache in float32: K and V, ``[B, H, N, D]`` each; garbage where no token was stored."""
+    """The whole cache in float32: K and V, ``[B, H, N, D]`` each; garbage where no token was stored.
+
+    From 4 bits everywhere, the pages that are being filled included.
+    """
     zero, step = key_steps(read_bounds(key_cache.bounds, torch.arange(len(key_cache.codes))))
     keys = zero + step * unpack(key_cache.codes).float()
     codes = unpack(value_cache.codes).flatten(2, 3).float()  # [B, H, N, D]

@@ -2,7 +2,7 @@
 
 The query takes up the parameters of K, ``zero + step * code``: q . k is q . zero plus (q * step) . code. The
 weights take up those of V, ``zero + scale * code``, per group of channels: p * scale, and the sum of p *
-zero.
+zero. The page that is being filled has a residual, which counts sixteenths of a step from -8.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ __all__ = ["kernel_for_int4"]
 
 LANES = 16
 STEP = np.float32(1 / reference_int4.STEPS)
+PAGE_TAGS = reference_int4.FINE
+PART = np.float32(1 / reference_int4.FINE)  # of a step, in which a residual counts
+NO_PART = np.float32(reference_int4.FINE // 2)  # the residual of a key that its 4-bit code hits
 
 
 @njit(error_model="numpy")
@@ -86,6 +89,19 @@ def fold_keys(q, group, head_size, bounds, pair, coded, steps, zero_logits):
             store(advance(steps, g * head_size + channel), 0, multiply(part, step))
             total = add(total, multiply(part, zero))
         put(zero_logits, g, sum_tile(total))
+
+
+@njit(error_model="numpy")
+def fold_residual(steps, group, head_size, parts, zero_logits, no_parts):
+    """The parts of the steps that residuals count, and what a residual of 8, which is none, would add."""
+    for g in range(group):
+        total = zeros(1, 1, LANES)
+        for channel in range(g * head_size, (g + 1) * head_size, LANES):
+            part = multiply(load(advance(steps, channel), LANES), splat(PART, LANES))
+            store(advance(parts, channel), 0, part)
+            total = add(total, part)
+        put(no_parts, g, sum_tile(total) * NO_PART)
+        put(zero_logits, g, get(zero_logits, g) - get(no_parts, g))
 
 
 @njit(error_model="numpy")
@@ -139,18 +155,18 @@ def attend_int4_kernel(
 
     @njit(**KERNEL_OPTIONS)
     def kernel(
-        threads, counter, query, query_row, query_head, key_codes, key_block, key_head, value_codes,
-        value_block, value_head, value_params, value_params_block, value_params_head, bounds, bounds_block,
-        bounds_head, params, params_block, params_head, block_table, table_row, seq_lens, page_indices,
-        index_row, index_head, budget, min_context, partial, out, rows, kv_heads, chunks, scale_log2,
-        farthest,
+        threads, counter, query, query_row, query_head, key_codes, key_block, key_head, residual,
+        residual_block, residual_head, value_codes, value_block, value_head, value_params, value_params_block,
+        value_params_head, bounds, bounds_block, bounds_head, params, params_block, params_head, block_table,
+        table_row, seq_lens, page_indices, index_row, index_head, budget, min_context, partial, out, rows,
+        kv_heads, chunks, scale_log2, farthest,
     ):  # fmt: skip
         build  # noqa: B018
         for _ in prange(threads):
-            q, weighted, steps = (
-                stack("float32", query_size), stack("float32", query_size), stack("float32", query_size),
-            )  # fmt: skip
-            tops, sums, zero_sums = stack("float32", group), stack("float32", group), stack("float32", group)
+            q, weighted = stack("float32", query_size), stack("float32", query_size)
+            steps, parts = stack("float32", query_size), stack("float32", query_size)
+            tops, sums = stack("float32", group), stack("float32", group)
+            zero_sums, no_parts = stack("float32", group), stack("float32", group)
             weights, folded = stack("float32", weights_size), stack("float32", weights_size)
             nearness = stack("float32", tile_tokens)
             limit = np.float32(farthest)
@@ -164,6 +180,7 @@ def attend_int4_kernel(
                 seq_len = get(pointer(seq_lens, "int32"), row)
                 table = advance(pointer(block_table, "int32"), row * table_row)
                 keys = advance(pointer(key_codes, "uint8"), head * key_head)
+                rests = advance(pointer(residual, "uint8"), head * residual_head)
                 values = advance(pointer(value_codes, "uint8"), head * value_head)
                 words = advance(pointer(value_params, "bfloat16"), head * value_params_head)
                 limits = advance(pointer(bounds, bounds_dtype), head * bounds_head)
@@ -197,13 +214,31 @@ def attend_int4_kernel(
                             )
                             pair = page_start(pairs, params_block, table, page, pages_per_block, 2)
                             fold_keys(q, group, head_size, page_bounds, pair, coded, steps, zero_sums)
+                            # A block has one, wherever its page is; only the context's last page reads it.
+                            rest, tag = page_start(rests, residual_block, table, page, pages_per_block, 0), -1
+                            if (page + 1) * page_size >= seq_len:
+                                tag = int(get(rest, half - 1)) // PAGE_TAGS
+                            is_fine = tag == page % pages_per_block % PAGE_TAGS
+                            if is_fine:
+                                fold_residual(steps, group, head_size, parts, zero_sums, no_parts)
                             for byte in range(0, half, key_step):
                                 tile = splat_rows(zero_sums, group, key_cols, key_lanes)
                                 for channel in range(head_size):
                                     codes = advance(key, channel * half + byte)
                                     tile = multiply_add_keys(tile, advance(steps, channel), head_size, codes)
+                                if is_fine:
+                                    for channel in range(head_size):
+                                        codes = advance(rest, channel * half + byte)
+                                        tile = multiply_add_keys(
+                                            tile, advance(parts, channel), head_size, codes
+                                        )
                                 target = advance(weights, i * page_size + byte)
                                 store_halves(target, tile_tokens, half, tile)
+                            if is_fine:  # where the tag stands, there is no residual
+                                for g in range(group):
+                                    token = g * tile_tokens + (i + 1) * page_size - 1
+                                    no_part = get(no_parts, g) * (np.float32(1) - np.float32(tag) / NO_PART)
+                                    put(weights, token, get(weights, token) + no_part)
                         hide(weights, tile_tokens, group, i * page_size + seen, (i + 1) * page_size)
                     tokens = (count * page_size + LANES - 1) // LANES * LANES
                     hide(weights, tile_tokens, group, count * page_size, tokens)
@@ -275,4 +310,5 @@ def kernel_for_int4(
     kernel = attend_int4_kernel(
         query_dtype, bounds_dtype, head_size, group, groups, page_size, pages_per_block, skips
     )
-    return kernel, (*addresses_of(key_cache.codes, *value_cache), *bound_addresses(key_cache.bounds))
+    caches = (key_cache.codes, key_cache.residual, *value_cache)
+    return kernel, (*addresses_of(*caches), *bound_addresses(key_cache.bounds))
