@@ -8,14 +8,15 @@ import torch
 from tests.backend.harness import BLOCK_SIZE, HEADS, KV_HEADS, SCALE, Engine, inputs
 from vllm_quest.backend.cpu import QuestCPUBackend
 from vllm_quest.backend.workspace import take_turns
-from vllm_quest.kernels.reference_int4 import dequantized
+from vllm_quest.kernels.reference_int4 import dequantized, filling_keys
 
-DENSE = {"token_budget": None, "page_size": 8}
+PAGE_SIZE = 8
+DENSE = {"token_budget": None, "page_size": PAGE_SIZE}
 INT4 = DENSE | {"kv_dtype": "int4"}
 
 
 def stored(engine: Engine, layer: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of a request as its pages hold them, ``[tokens, H, D]``."""
+    """K and V of a request as its pages hold them and prefill reads them, ``[tokens, H, D]``."""
     pages = engine.builder.layout.views(engine.caches[layer])
     blocks = engine.tables[request].long()
     keys, values = (
@@ -23,6 +24,16 @@ def stored(engine: Engine, layer: int, request: int) -> tuple[torch.Tensor, torc
         for cache in dequantized(pages.key, pages.value)
     )
     return keys, values
+
+
+def decoded(engine: Engine, layer: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `stored`, but as decoding reads them: K of the page being filled from 8 bits."""
+    keys, values = stored(engine, layer, request)
+    pages = engine.builder.layout.views(engine.caches[layer])
+    table, seq_lens = engine.tables[request][None], torch.tensor([len(keys)])
+    first = (len(keys) - 1) // PAGE_SIZE * PAGE_SIZE
+    last = filling_keys(pages.key, table, seq_lens)[0].transpose(0, 1)  # [S, H, D]
+    return torch.cat((keys[:first], last[: len(keys) - first])), values
 
 
 def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -53,7 +64,7 @@ def test_later_chunks_see_the_stored_context_and_themselves_as_they_are(metadata
     outputs = engine.step([(3, 1, False), (0, 70, True)], seed=1)
     for layer, output in enumerate(outputs):
         query, key, value = inputs(71, layer, seed=1)
-        keys, values = stored(engine, layer, request=3)
+        keys, values = decoded(engine, layer, request=3)
         torch.testing.assert_close(output[:1], attention(query[:1], keys, values), rtol=1e-4, atol=1e-5)
         keys, values = stored(engine, layer, request=0)
         keys, values = torch.cat((keys[:101], key[1:])), torch.cat((values[:101], value[1:]))
@@ -84,7 +95,7 @@ def test_short_contexts_and_dense_layers_read_everything() -> None:
     for layer, output in enumerate(outputs):
         query, _, _ = inputs(3, layer, seed=1)
         for request in range(3):
-            keys, values = stored(engine, layer, request)
+            keys, values = decoded(engine, layer, request)
             expected = attention(query[request, None], keys, values)[0]
             is_dense = layer == 0 or request < 2
             assert torch.allclose(output[request], expected, rtol=1e-4, atol=1e-5) == is_dense
