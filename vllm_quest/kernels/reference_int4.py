@@ -85,13 +85,12 @@ def store_int4(
         return placed.float().clamp(-LARGEST, LARGEST).transpose(1, 2)  # [pages, H, S, D]
 
     new_keys = by_page(key)
-    old_bounds = read_bounds(key_cache.bounds, block)[torch.arange(len(pages)), :, page]  # [pages, H, 2, D]
-    old_keys = _fine_keys(key_cache, block, page, old_bounds)
+    old_keys = _fine_keys(key_cache, block, page)
     kmin = new_keys.masked_fill(~is_new, torch.inf).amin(2)
     kmax = new_keys.masked_fill(~is_new, -torch.inf).amax(2)
     write_bounds(key_cache.bounds, block, page, kmin, kmax, goes_on=first > 0)
 
-    zero, step = key_steps(read_bounds(key_cache.bounds, block)[torch.arange(len(pages)), :, page])
+    zero, step = _page_steps(key_cache, block, page)
     keys = torch.where(is_older, old_keys, new_keys).masked_fill(~(is_older | is_new), 0)
     fine = ((keys - zero) * (inverse(step) * FINE)).round().clamp(0, STEPS * FINE) + FINE // 2
     fine = fine.to(torch.uint8)
@@ -108,9 +107,7 @@ def store_int4(
     value_cache.params[slots // page_size // pages_per_block, :, token] = params[owner, :, slots % page_size]
 
 
-def _fine_keys(
-    key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor, bounds: torch.Tensor
-) -> torch.Tensor:
+def _fine_keys(key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
     """The keys in n pages, ``[n, H, S, D]``, from 8 bits where the block's residual is the page's.
 
     The last token of a page, in whose place the page's number stands, has 4 bits always.
@@ -120,8 +117,15 @@ def _fine_keys(
     belongs = residual[:, :, -1:] == (page % FINE)[:, None, None, None]
     fraction = torch.where(belongs, residual.float() - FINE // 2, 0) / FINE
     fraction[:, :, -1] = 0
-    zero, step = key_steps(bounds)
+    zero, step = _page_steps(key_cache, block, page)
     return zero + step * (code + fraction)
+
+
+def _page_steps(
+    key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero point and step of n pages, ``[n, H, 1, D]`` each."""
+    return key_steps(read_bounds(key_cache.bounds, block)[torch.arange(len(block)), :, page])
 
 
 def _quantize_values(values: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,9 +151,7 @@ def filling_keys(key_cache: Int4Keys, block_table: torch.Tensor, seq_lens: torch
     pages_per_block, half = key_cache.codes.shape[2:4]
     last = (seq_lens.long() - 1) // (2 * half)
     block = block_table.long().gather(1, last[:, None] // pages_per_block)[:, 0]
-    page = last % pages_per_block
-    bounds = read_bounds(key_cache.bounds, block)[torch.arange(len(block)), :, page]
-    return _fine_keys(key_cache, block, page, bounds)
+    return _fine_keys(key_cache, block, last % pages_per_block)
 
 
 def dequantized(key_cache: Int4Keys, value_cache: Int4Values) -> tuple[torch.Tensor, torch.Tensor]:
