@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput [--model PATH | --geometry llama-3.1-8b [--layers N]]
         [--contexts 4096 7936] [--batches 1 4] [--budgets 1024] [--dense CPU_ATTN] [--quest JSON ...]
-        [--repeats 5] [--break-even] [--json PATH [--minutes M]]
+        [--engine-args JSON] [--repeats 5] [--break-even] [--json PATH [--minutes M]]
 
 The first dense backend is the baseline. Every other contender runs beside it, each in an engine of its own,
 and both do the same in turns, so that a ratio compares two moments that lie close together. Printed are
@@ -14,6 +14,7 @@ where it was. (`vllm bench latency` and `throughput` start an engine per figure,
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -155,6 +156,7 @@ def _model_args(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     if arguments.dtype:
         common["dtype"] = arguments.dtype
+    common |= arguments.engine_args
     if not arguments.geometry:
         return common | {"model": str(arguments.model or prepare_model())}
     write_config(folder, arguments.geometry, arguments.layers, longest)
@@ -172,6 +174,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "decode steps": arguments.steps,
         "repeats": arguments.repeats,
         "threads": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "vLLM's choice"),
+        **({"engine arguments": json.dumps(arguments.engine_args)} if arguments.engine_args else {}),
     }
 
 
@@ -199,6 +202,13 @@ def _arguments() -> argparse.Namespace:
         help="QUEST's other fields, a contender each",
     )
     parser.add_argument("--kv-cache-gib", type=float, default=2, help="of each engine")
+    parser.add_argument(
+        "--engine-args",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="more arguments of vLLM's LLM, both sides",
+    )
     parser.add_argument("--steps", type=int, default=32, help="decode steps of one timing")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--break-even", action="store_true", help="search the shortest context that pays")
