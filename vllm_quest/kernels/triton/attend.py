@@ -28,29 +28,42 @@ __all__ = ["attend_pages"]
 
 LOG2E = 1.4426950408889634
 EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
+MERGED_ELEMENTS = tl.constexpr(4096)  # of the splits' outputs that a program loads at once
 
 
 @triton.jit
 def _merge_splits(
-    partials, lse, active, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr
+    partials,
+    lse,
+    active,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
 ):
-    """The splits' outputs, weighted by their share of the softmax: [16, HEAD_PAD]."""
-    head = tl.arange(0, 16)
-    channel = tl.arange(0, HEAD_PAD)[None, :]
-    inside = (head < GROUP)[:, None] & (channel < HEAD_SIZE)
-    offset = head[:, None] * HEAD_SIZE + channel
-    peak = tl.full([16], float("-inf"), tl.float32)
-    norm = tl.zeros([16], tl.float32)
-    acc = tl.zeros([16, HEAD_PAD], tl.float32)
-    for split in tl.range(0, active, num_stages=3):
-        split_lse = tl.load(lse + split * GROUP + head, mask=head < GROUP, other=float("-inf"))
-        split_out = tl.load(partials + split * GROUP * HEAD_SIZE + offset, mask=inside, other=0.0)
-        new_peak = tl.maximum(peak, split_lse)
+    """The splits' outputs, weighted by their share of the softmax: [HEADS, HEAD_PAD].
+
+    Several splits are loaded at once: one after the other, the latency of each would show.
+    """
+    STEP: tl.constexpr = max(1, MERGED_ELEMENTS // (HEADS * HEAD_PAD))
+    head = tl.arange(0, HEADS)[None, :]
+    channel = tl.arange(0, HEAD_PAD)[None, None, :]
+    peak = tl.full([HEADS], float("-inf"), tl.float32)
+    norm = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, HEAD_PAD], tl.float32)
+    for first in range(0, active, STEP):
+        split = first + tl.arange(0, STEP)[:, None]
+        known = (split < active) & (head < GROUP)
+        place = split * GROUP + head
+        split_lse = tl.load(lse + place, mask=known, other=float("-inf"))  # [STEP, HEADS]
+        inside = known[:, :, None] & (channel < HEAD_SIZE)
+        split_out = tl.load(partials + place[:, :, None] * HEAD_SIZE + channel, mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(split_lse, 0))
         # A split whose tokens are all invisible has -inf: it must weigh nothing, and not make a NaN.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        old, new = tl.exp2(peak - base), tl.exp2(split_lse - base)
-        acc = acc * old[:, None] + split_out * new[:, None]
-        norm = norm * old + new
+        old, new = tl.exp2(peak - base), tl.exp2(split_lse - base[None, :])
+        acc = acc * old[:, None] + tl.sum(split_out * new[:, :, None], 0)
+        norm = norm * old + tl.sum(new, 0)
         peak = new_peak
     return acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
 
@@ -81,6 +94,7 @@ def _attend_kernel(
     stride_out_row,
     stride_out_head,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr,
@@ -100,11 +114,12 @@ def _attend_kernel(
     head = tl.arange(0, 16)[:, None]
     channel = tl.arange(0, HEAD_PAD)[None, :]
     inside = (head < GROUP) & (channel < HEAD_SIZE)
-    out += row * stride_out_row + kv_head * GROUP * stride_out_head + head * stride_out_head + channel
+    out += row * stride_out_row + kv_head * GROUP * stride_out_head
+    mine = out + head * stride_out_head + channel
     acc = tl.zeros([16, HEAD_PAD], tl.float32)
     if first >= end:
         if active == 0 and split == 0:
-            tl.store(out, acc.to(out.dtype.element_ty), mask=inside)
+            tl.store(mine, acc.to(out.dtype.element_ty), mask=inside)
         return
 
     query += row * stride_query_row + kv_head * GROUP * stride_query_head
@@ -153,10 +168,15 @@ def _attend_kernel(
         tl.store(partials + (split * GROUP + head) * HEAD_SIZE + channel, acc, mask=inside)
         tl.store(lse + split * GROUP + heads, peak + tl.log2(norm), mask=heads < GROUP)
         if arrive_last(arrivals + pair, active):
-            acc = _merge_splits(partials, lse, active, GROUP, HEAD_SIZE, HEAD_PAD)
-            tl.store(out, acc.to(out.dtype.element_ty), mask=inside)
+            merged = _merge_splits(partials, lse, active, GROUP, HEADS, HEAD_SIZE, HEAD_PAD)
+            heads = tl.arange(0, HEADS)[:, None]
+            tl.store(
+                out + heads * stride_out_head + channel,
+                merged.to(out.dtype.element_ty),
+                mask=(heads < GROUP) & (channel < HEAD_SIZE),
+            )
     else:
-        tl.store(out, acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(mine, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def attend_pages(
@@ -248,6 +268,7 @@ def attend_pages(
         out.stride(0),
         out.stride(1),
         GROUP=group,
+        HEADS=triton.next_power_of_2(group),
         HEAD_SIZE=head_size,
         HEAD_PAD=triton.next_power_of_2(head_size),
         TOKEN_STRIDE=key_cache.stride(2),
