@@ -40,6 +40,18 @@ def _load_signed_query(query, stride_head, GROUP: tl.constexpr, HEAD_SIZE: tl.co
 
 
 @triton.jit
+def _power_of_two(x):
+    """The largest one up to x, 1 for 0: what float16 is divided by loses no bit."""
+    return tl.where(x > 0.0, (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def _as_float16(codes):
+    """Bytes as float16: with the bits of 1024 before them, less 1024. Conversions run at an eighth of the rate."""
+    return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
 def _softmax_mean(
     out, raw, partials, total, max_pages, active, scale_log2, GROUP: tl.constexpr, GROUP_POW2: tl.constexpr
 ):
@@ -109,8 +121,11 @@ def _score_kernel(
         return
     query += row * stride_query_row + kv_head * GROUP * stride_query_head
     q = _load_signed_query(query, stride_query_head, GROUP, HEAD_SIZE, WIDTH)
-    q_sum = tl.sum(q, 0)[None, :]
+    if bound_params is not None:
+        unit = _power_of_two(tl.max(tl.max(tl.abs(q), 1), 0))
+        q /= unit
     q = q.to(DOT)
+    q_sum = tl.sum(q.to(tl.float32), 0)[None, :]
     bounds += kv_head * stride_kv_head
     if bound_params is not None:
         bound_params += kv_head * stride_params_head
@@ -129,12 +144,15 @@ def _score_kernel(
         block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=known, other=0).to(tl.int64)
         offset = block * stride_block + (page % PAGES_PER_BLOCK) * (2 * HEAD_SIZE)
         inside = known[:, None] & (channel < 2 * HEAD_SIZE)
-        minmax = tl.load(bounds + offset[:, None] + channel, mask=inside, other=0).to(DOT)
-        score = tl.dot(minmax, q, input_precision="ieee")  # [TILE, 16]
-        if bound_params is not None:
+        minmax = tl.load(bounds + offset[:, None] + channel, mask=inside, other=0)
+        if bound_params is None:
+            score = tl.dot(minmax.to(DOT), q, input_precision="ieee")  # [TILE, 16]
+        else:
+            score = tl.dot(_as_float16(minmax).to(DOT), q, input_precision="ieee")
             params = bound_params + block * stride_params + (page % PAGES_PER_BLOCK) * 2
-            shift = tl.load(params, mask=known, other=0.0)
-            score = shift[:, None] * q_sum + tl.load(params + 1, mask=known, other=0.0)[:, None] * score
+            shift = tl.load(params, mask=known, other=0.0)[:, None]
+            step = tl.load(params + 1, mask=known, other=0.0)[:, None]
+            score = (shift * q_sum + step * score) * unit
         if REDUCE == "max":
             tl.store(out + page, tl.max(tl.where(head < GROUP, score, float("-inf")), 1), mask=known)
         elif REDUCE == "mean":
@@ -238,8 +256,7 @@ def score_pages(
         PAGES_PER_BLOCK=pages_per_block,
         REDUCE=group_reduce,
         TILE=choice.tile,
-        # Codes up to 255 are exact in 16 bits.
-        DOT=dot_type(bounds.values.dtype if bounds.params is None else query.dtype),
+        DOT=dot_type(bounds.values.dtype if bounds.params is None else torch.float16),
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
     )
