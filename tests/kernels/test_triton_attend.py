@@ -83,9 +83,9 @@ def test_a_full_budget_is_dense_attention() -> None:
 
 
 def test_thousands_of_pages() -> None:
-    cache, table, num_pages = rows_of([16400], heads=1, block_size=256, page_size=8, head_size=16)
-    cache.cache = cache.cache.to(DTYPES[-1])
-    cache.pages = cache.layout.views(cache.cache)
+    cache, table, num_pages = rows_of(
+        [16400], heads=1, block_size=256, page_size=8, head_size=16, dtype=DTYPES[-1]
+    )
     seq_lens = torch.tensor([16400], dtype=torch.int32)
     query = query_for(cache, 1, 2)
     assert_attends(cache, query, table, seq_lens, random_pages(num_pages, 1, 2050), 0.25)

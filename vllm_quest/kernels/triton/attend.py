@@ -68,6 +68,26 @@ def _merge_splits(
     return acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
 
 
+@triton.jit
+def _locate(
+    slot,
+    end,
+    page_indices,
+    block_table,
+    seq_len,
+    reads_list,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The tokens of these slots of the list, -1 where there is none, and their blocks."""
+    listed = tl.where(reads_list, end, 0)
+    page = tl.load(page_indices + slot // PAGE_SIZE, mask=slot < listed, other=-1)
+    page = tl.where(reads_list, page, slot // PAGE_SIZE)
+    token = page * PAGE_SIZE + slot % PAGE_SIZE
+    token = tl.where((page >= 0) & (token < seq_len) & (slot < end), token, -1)
+    return token, tl.load(block_table + token // BLOCK_SIZE, mask=token >= 0, other=0)
+
+
 @triton.jit(do_not_specialize=["splits", "min_context"])
 def _attend_kernel(
     query,
@@ -130,14 +150,18 @@ def _attend_kernel(
     page_indices += row * stride_pages_row + kv_head * stride_pages_head
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
-    listed = tl.where(reads_list, end, 0)
-    for start in tl.range(first, end, TILE):
-        slot = start + tl.arange(0, TILE)
-        page = tl.load(page_indices + slot // PAGE_SIZE, mask=slot < listed, other=-1)
-        page = tl.where(reads_list, page, slot // PAGE_SIZE)
-        token = page * PAGE_SIZE + slot % PAGE_SIZE
-        visible = (page >= 0) & (token < seq_len)
-        block = tl.load(block_table + token // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
+    slot = first + tl.arange(0, TILE)
+    next_token, next_block = _locate(
+        slot, end, page_indices, block_table, seq_len, reads_list, PAGE_SIZE, BLOCK_SIZE
+    )
+    for _ in tl.range(first, end, TILE):
+        token, block = next_token, next_block.to(tl.int64)
+        # One tile ahead: K and V whose addresses are known are loaded several tiles ahead.
+        slot += TILE
+        next_token, next_block = _locate(
+            slot, end, page_indices, block_table, seq_len, reads_list, PAGE_SIZE, BLOCK_SIZE
+        )
+        visible = token >= 0
         offset = (block * stride_block + (token % BLOCK_SIZE) * TOKEN_STRIDE)[:, None] + channel
         loaded = visible[:, None] & (channel < HEAD_SIZE)
         key = tl.load(key_cache + offset, mask=loaded, other=0.0).to(DOT)
@@ -169,11 +193,11 @@ def _attend_kernel(
         tl.store(lse + split * GROUP + heads, peak + tl.log2(norm), mask=heads < GROUP)
         if arrive_last(arrivals + pair, active):
             merged = _merge_splits(partials, lse, active, GROUP, HEADS, HEAD_SIZE, HEAD_PAD)
-            heads = tl.arange(0, HEADS)[:, None]
+            member = tl.arange(0, HEADS)[:, None]
             tl.store(
-                out + heads * stride_out_head + channel,
+                out + member * stride_out_head + channel,
                 merged.to(out.dtype.element_ty),
-                mask=(heads < GROUP) & (channel < HEAD_SIZE),
+                mask=(member < GROUP) & (channel < HEAD_SIZE),
             )
     else:
         tl.store(mine, acc.to(out.dtype.element_ty), mask=inside)

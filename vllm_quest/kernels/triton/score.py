@@ -138,20 +138,24 @@ def _score_kernel(
     head = tl.arange(0, 16)[None, :]
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
+    page = first + tl.arange(0, TILE)
+    next_block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=page < end, other=0)
     for start in tl.range(first, end, TILE):
         page = start + tl.arange(0, TILE)
         known = page < end
-        block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=known, other=0).to(tl.int64)
+        block = next_block.to(tl.int64)
+        # One tile ahead: bounds whose address is known are loaded several tiles ahead.
+        next_block = tl.load(block_table + (page + TILE) // PAGES_PER_BLOCK, mask=page + TILE < end, other=0)
         offset = block * stride_block + (page % PAGES_PER_BLOCK) * (2 * HEAD_SIZE)
         inside = known[:, None] & (channel < 2 * HEAD_SIZE)
         minmax = tl.load(bounds + offset[:, None] + channel, mask=inside, other=0)
         if bound_params is None:
             score = tl.dot(minmax.to(DOT), q, input_precision="ieee")  # [TILE, 16]
         else:
-            score = tl.dot(_as_float16(minmax).to(DOT), q, input_precision="ieee")
             params = bound_params + block * stride_params + (page % PAGES_PER_BLOCK) * 2
             shift = tl.load(params, mask=known, other=0.0)[:, None]
             step = tl.load(params + 1, mask=known, other=0.0)[:, None]
+            score = tl.dot(_as_float16(minmax).to(DOT), q, input_precision="ieee")
             score = (shift * q_sum + step * score) * unit
         if REDUCE == "max":
             tl.store(out + page, tl.max(tl.where(head < GROUP, score, float("-inf")), 1), mask=known)

@@ -85,6 +85,34 @@ def _choose(key, low, high, ties, sure_before, ties_before):
 
 
 @triton.jit
+def _search(key, count, forced, wanted):
+    """The interval of keys that ends the search among `key`, of which `count` are pages, and its upper count.
+
+    It begins at the least and the greatest score: most bits are the same in all of them.
+    """
+    low = tl.min(tl.where(key > 0, key, _BEST), 0)
+    high = tl.max(tl.where(key <= _BEST, key, 0), 0) + 1
+    at_low, at_high = count, forced
+    while (high - low > 1) & (at_low != wanted):
+        step = _cut(low, high)
+        counts = tl.sum(_count_above(key, low, step), 0)
+        low, high, at_low, at_high = _narrow(low, high, at_low, at_high, step, counts, wanted)
+    # Where exactly the wanted number reaches `low` there are no ties to divide.
+    return low, tl.where(at_low == wanted, low, high), at_high
+
+
+@triton.jit
+def _choose_from_tile(out, keys, pages, count, forced, wanted, TILE: tl.constexpr):
+    """As `_choose_from_chunks`, where all candidates fit into one tile."""
+    index = tl.arange(0, TILE)
+    key = tl.load(keys + index, mask=index < count, other=0).to(tl.uint32)
+    page = tl.load(pages + index, mask=index < count, other=0)
+    low, high, at_high = _search(key, count, forced, wanted)
+    chosen, place, _, _ = _choose(key, low, high, wanted - at_high, 0, 0)
+    tl.store(out + place, page, mask=chosen)
+
+
+@triton.jit
 def _choose_from_chunks(out, keys, pages, count, forced, wanted, CHUNK: tl.constexpr):
     """Writes the `wanted` best of the `count` candidates of all chunks, which are in page order."""
     low = tl.full([], 1, tl.uint32)
@@ -125,6 +153,7 @@ def _select_kernel(
     stride_out_row,
     stride_out_head,
     CHUNK: tl.constexpr,
+    CANDIDATES: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
@@ -146,17 +175,9 @@ def _select_kernel(
     key = _ordered_keys(page_scores, page, max_pages, end, total, sink_pages, recent_pages)
 
     wanted = tl.minimum(budget_pages, end - first)
-    low = tl.full([], 1, tl.uint32)
-    high = tl.full([], _FORCED, tl.uint32)
-    at_low = end - first
-    at_high = tl.maximum(tl.minimum(end, sink_pages) - first, 0)
-    at_high += tl.maximum(end - tl.maximum(total - recent_pages, first), 0)
-    while (high - low > 1) & (at_low != wanted):
-        step = _cut(low, high)
-        counts = tl.sum(_count_above(key, low, step), 0)
-        low, high, at_low, at_high = _narrow(low, high, at_low, at_high, step, counts, wanted)
-    # Where exactly the wanted number reaches `low` there are no ties to divide.
-    high = tl.where(at_low == wanted, low, high)
+    forced = tl.maximum(tl.minimum(end, sink_pages) - first, 0)
+    forced += tl.maximum(end - tl.maximum(total - recent_pages, first), 0)
+    low, high, at_high = _search(key, end - first, forced, wanted)
     chosen, place, _, _ = _choose(key, low, high, wanted - at_high, 0, 0)
     if total <= CHUNK:
         tl.store(out + place, page, mask=chosen)
@@ -170,7 +191,11 @@ def _select_kernel(
     active = tl.cdiv(total, CHUNK)
     if arrive_last(arrivals + pair, active):
         count = (active - 1) * kept + tl.minimum(kept, total - (active - 1) * CHUNK)
-        _choose_from_chunks(out, keys, pages, count, sink_pages + recent_pages, budget_pages, CHUNK)
+        forced = sink_pages + recent_pages
+        if CANDIDATES <= CHUNK:
+            _choose_from_tile(out, keys, pages, count, forced, budget_pages, CANDIDATES)
+        else:
+            _choose_from_chunks(out, keys, pages, count, forced, budget_pages, CHUNK)
 
 
 def _chunk_of(max_pages: int) -> int:
@@ -225,7 +250,8 @@ def select_pages(
             workspace = Workspace.allocate(needed, pairs, page_scores.device)
         workspace.check(needed, pairs)
         scratch, arrivals = workspace.scratch.view(torch.int32), workspace.arrivals
-    _select_kernel[(triton.cdiv(max_pages, chunk), num_kv_heads, rows)](
+    chunks = triton.cdiv(max_pages, chunk)
+    _select_kernel[(chunks, num_kv_heads, rows)](
         page_scores,
         num_pages,
         out,
@@ -240,6 +266,7 @@ def select_pages(
         out.stride(0),
         out.stride(1),
         CHUNK=chunk,
+        CANDIDATES=triton.next_power_of_2(chunks * min(budget_pages, chunk)),
         num_warps=max(1, min(8, chunk // (32 * KEYS_PER_THREAD))),
     )
     return out
