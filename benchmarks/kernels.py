@@ -54,7 +54,7 @@ def median_ms(step: Callable[[], object], repeats: int) -> float:
 
 
 def copy_bandwidth() -> float:
-    """GB/s that a plain copy by a kernel moves, read and written; a copy node of a graph is slower on an H200."""
+    """GB/s that a kernel reads and writes as it copies; a graph's own copy is slower on an H200."""
     source = torch.zeros(2**28, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / 1e6 / median_ms(lambda: torch.add(source, 1, out=target), 20)

@@ -47,7 +47,7 @@ def _power_of_two(x):
 
 @triton.jit
 def _as_float16(codes):
-    """Bytes as float16: with the bits of 1024 before them, less 1024. Conversions run at an eighth of the rate."""
+    """Bytes as float16: the bits of 1024 + byte, less 1024. Conversions run at an eighth of the rate."""
     return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
 
 
