@@ -28,11 +28,13 @@ __all__ = ["attend_pages"]
 
 LOG2E = 1.4426950408889634
 EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
-MERGED_ELEMENTS = tl.constexpr(4096)  # of the splits' outputs that a program loads at once
+MERGED_ELEMENTS = tl.constexpr(8192)  # of the splits' outputs that a program loads at once
 
 
 @triton.jit
 def _merge_splits(
+    out,
+    stride_out_head,
     partials,
     lse,
     active,
@@ -41,51 +43,63 @@ def _merge_splits(
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
 ):
-    """The splits' outputs, weighted by their share of the softmax: [HEADS, HEAD_PAD].
+    """Writes the sum of the splits' outputs, each weighted by its share of the softmax.
 
-    Several splits are loaded at once: one after the other, the latency of each would show.
+    Every thread has elements of its own and loads those of several splits at once: the threads need not wait
+    for each other, and the latency of the loads shows once, not once per split.
     """
-    STEP: tl.constexpr = max(1, MERGED_ELEMENTS // (HEADS * HEAD_PAD))
-    head = tl.arange(0, HEADS)[None, :]
-    channel = tl.arange(0, HEAD_PAD)[None, None, :]
-    peak = tl.full([HEADS], float("-inf"), tl.float32)
-    norm = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, HEAD_PAD], tl.float32)
-    for first in range(0, active, STEP):
-        split = first + tl.arange(0, STEP)[:, None]
-        known = (split < active) & (head < GROUP)
-        place = split * GROUP + head
-        split_lse = tl.load(lse + place, mask=known, other=float("-inf"))  # [STEP, HEADS]
-        inside = known[:, :, None] & (channel < HEAD_SIZE)
-        split_out = tl.load(partials + place[:, :, None] * HEAD_SIZE + channel, mask=inside, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(split_lse, 0))
-        # A split whose tokens are all invisible has -inf: it must weigh nothing, and not make a NaN.
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        old, new = tl.exp2(peak - base), tl.exp2(split_lse - base[None, :])
-        acc = acc * old[:, None] + tl.sum(split_out * new[:, :, None], 0)
-        norm = norm * old + tl.sum(new, 0)
-        peak = new_peak
-    return acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
+    AT_ONCE: tl.constexpr = max(1, min(8, MERGED_ELEMENTS // (HEADS * HEAD_PAD)))
+    element = tl.arange(0, HEADS * HEAD_PAD)
+    head, channel = element // HEAD_PAD, element % HEAD_PAD
+    inside = (head < GROUP) & (channel < HEAD_SIZE)
+    lse += head
+    partials += head * HEAD_SIZE + channel
+    peak = tl.full([HEADS * HEAD_PAD], float("-inf"), tl.float32)
+    for split in range(0, active):
+        peak = tl.maximum(peak, tl.load(lse + split * GROUP, mask=inside, other=float("-inf")))
+    # Splits whose tokens are all invisible have -inf: they must weigh nothing, and not make a NaN.
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    known_splits = tl.where(inside, active, 0)
+    norm = tl.zeros([HEADS * HEAD_PAD], tl.float32)
+    acc = tl.zeros([HEADS * HEAD_PAD], tl.float32)
+    for first in range(0, active, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            split = first + i
+            known = split < known_splits
+            weight = tl.exp2(tl.load(lse + split * GROUP, mask=known, other=float("-inf")) - peak)
+            norm += weight
+            acc += weight * tl.load(partials + split * GROUP * HEAD_SIZE, mask=known, other=0.0)
+    acc = acc / tl.where(norm > 0.0, norm, 1.0)
+    tl.store(out + head * stride_out_head + channel, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _locate(
-    slot,
+def _find_tokens(
+    start,
     end,
     page_indices,
     block_table,
-    seq_len,
     reads_list,
-    PAGE_SIZE: tl.constexpr,
+    stride_block,
+    TOKEN_STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """The tokens of these slots of the list, -1 where there is none, and their blocks."""
+    """Offsets in the cache of the next TILE tokens of the list, [TILE] int64.
+
+    What is looked up is looked up once per page, not per token.
+    """
+    SPAN: tl.constexpr = min(TILE, PAGE_SIZE)
+    slot = start + tl.arange(0, TILE // SPAN) * SPAN
     listed = tl.where(reads_list, end, 0)
-    page = tl.load(page_indices + slot // PAGE_SIZE, mask=slot < listed, other=-1)
+    page = tl.load(page_indices + slot // PAGE_SIZE, mask=slot < listed, other=0)
     page = tl.where(reads_list, page, slot // PAGE_SIZE)
     token = page * PAGE_SIZE + slot % PAGE_SIZE
-    token = tl.where((page >= 0) & (token < seq_len) & (slot < end), token, -1)
-    return token, tl.load(block_table + token // BLOCK_SIZE, mask=token >= 0, other=0)
+    block = tl.load(block_table + token // BLOCK_SIZE, mask=slot < end, other=0).to(tl.int64)
+    offset = block * stride_block + (token % BLOCK_SIZE) * TOKEN_STRIDE
+    offset = tl.reshape(offset[:, None] + (tl.arange(0, SPAN) * TOKEN_STRIDE)[None, :], [TILE])
+    return tl.multiple_of(offset, 8)  # 16 bytes, which the compiler does not see
 
 
 @triton.jit(do_not_specialize=["splits", "min_context"])
@@ -130,6 +144,7 @@ def _attend_kernel(
     reads_list = seq_len >= min_context
     pages = tl.cdiv(seq_len, PAGE_SIZE)
     slots = tl.where(reads_list, tl.minimum(pages, budget_pages), pages) * PAGE_SIZE
+    visible_end = slots - (pages * PAGE_SIZE - seq_len)  # the row's last page is the last of its list
     first, end, active = split_range(slots, TILE, split, splits)
     head = tl.arange(0, 16)[:, None]
     channel = tl.arange(0, HEAD_PAD)[None, :]
@@ -150,19 +165,18 @@ def _attend_kernel(
     page_indices += row * stride_pages_row + kv_head * stride_pages_head
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
-    slot = first + tl.arange(0, TILE)
-    next_token, next_block = _locate(
-        slot, end, page_indices, block_table, seq_len, reads_list, PAGE_SIZE, BLOCK_SIZE
-    )
-    for _ in tl.range(first, end, TILE):
-        token, block = next_token, next_block.to(tl.int64)
+    next_offset = _find_tokens(
+        first, end, page_indices, block_table, reads_list, stride_block,
+        TOKEN_STRIDE, BLOCK_SIZE, PAGE_SIZE, TILE,
+    )  # fmt: skip
+    for start in tl.range(first, end, TILE):
+        offset = next_offset[:, None] + channel
         # One tile ahead: K and V whose addresses are known are loaded several tiles ahead.
-        slot += TILE
-        next_token, next_block = _locate(
-            slot, end, page_indices, block_table, seq_len, reads_list, PAGE_SIZE, BLOCK_SIZE
-        )
-        visible = token >= 0
-        offset = (block * stride_block + (token % BLOCK_SIZE) * TOKEN_STRIDE)[:, None] + channel
+        next_offset = _find_tokens(
+            start + TILE, end, page_indices, block_table, reads_list, stride_block,
+            TOKEN_STRIDE, BLOCK_SIZE, PAGE_SIZE, TILE,
+        )  # fmt: skip
+        visible = start + tl.arange(0, TILE) < visible_end
         loaded = visible[:, None] & (channel < HEAD_SIZE)
         key = tl.load(key_cache + offset, mask=loaded, other=0.0).to(DOT)
         logits = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
@@ -192,13 +206,7 @@ def _attend_kernel(
         tl.store(partials + (split * GROUP + head) * HEAD_SIZE + channel, acc, mask=inside)
         tl.store(lse + split * GROUP + heads, peak + tl.log2(norm), mask=heads < GROUP)
         if arrive_last(arrivals + pair, active):
-            merged = _merge_splits(partials, lse, active, GROUP, HEADS, HEAD_SIZE, HEAD_PAD)
-            member = tl.arange(0, HEADS)[:, None]
-            tl.store(
-                out + member * stride_out_head + channel,
-                merged.to(out.dtype.element_ty),
-                mask=(member < GROUP) & (channel < HEAD_SIZE),
-            )
+            _merge_splits(out, stride_out_head, partials, lse, active, GROUP, HEADS, HEAD_SIZE, HEAD_PAD)
     else:
         tl.store(mine, acc.to(out.dtype.element_ty), mask=inside)
 
@@ -226,8 +234,8 @@ def attend_pages(
         value_cache: ``[B, H, N, D]``, with the strides of `key_cache`.
         block_table: ``[R, M]`` int32; only entries of pages to read are read.
         seq_lens: ``[R]`` int32; the last page may be partly filled. 0 for the padding rows of a CUDA graph.
-        page_indices: ``[R, H, K]`` int32 page numbers within the row's context, then -1. None: every row
-            reads every page.
+        page_indices: ``[R, H, K]`` int32, as `select_pages` returns it: K of the row's pages in ascending
+            order, or all it has, the last one always among them. None: every row reads every page.
         page_size: Tokens per page, a power of two.
         scale: Factor of q . k.
         min_context: Rows of fewer tokens read every page, whatever `page_indices` holds.

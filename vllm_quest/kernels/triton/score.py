@@ -30,9 +30,17 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _load_signed_query(query, stride_head, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """[min(q, 0) | max(q, 0)] of the group's heads, as the columns of a [WIDTH, 16] float32 tile."""
-    channel = tl.arange(0, WIDTH)[:, None]
+def _load_signed_query(
+    query,
+    stride_head,
+    first,
+    STEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Every STEP-th channel of [min(q, 0) | max(q, 0)], of the group's heads: a [WIDTH, 16] float32 tile."""
+    channel = first + tl.arange(0, WIDTH)[:, None] * STEP
     head = tl.arange(0, 16)[None, :]
     inside = (channel < 2 * HEAD_SIZE) & (head < GROUP)
     q = tl.load(query + head * stride_head + channel % HEAD_SIZE, mask=inside, other=0.0).to(tl.float32)
@@ -46,9 +54,9 @@ def _power_of_two(x):
 
 
 @triton.jit
-def _as_float16(codes):
-    """Bytes as float16: the bits of 1024 + byte, less 1024. Conversions run at an eighth of the rate."""
-    return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+def _as_float16(code):
+    """Codes up to 255, in uint16, as float16: the bits of 1024 + code, less 1024. Conversions are slow."""
+    return (code | 0x6400).to(tl.float16, bitcast=True) - 1024.0
 
 
 @triton.jit
@@ -120,21 +128,24 @@ def _score_kernel(
     if first >= end:
         return
     query += row * stride_query_row + kv_head * GROUP * stride_query_head
-    q = _load_signed_query(query, stride_query_head, GROUP, HEAD_SIZE, WIDTH)
-    if bound_params is not None:
-        unit = _power_of_two(tl.max(tl.max(tl.abs(q), 1), 0))
-        q /= unit
-    q = q.to(DOT)
-    q_sum = tl.sum(q.to(tl.float32), 0)[None, :]
-    bounds += kv_head * stride_kv_head
-    if bound_params is not None:
+    if bound_params is None:
+        WORDS: tl.constexpr = 2 * HEAD_SIZE
+        q = _load_signed_query(query, stride_query_head, 0, 1, GROUP, HEAD_SIZE, WIDTH).to(DOT)
+    else:  # a word of two codes meets an even and an odd channel
+        WORDS: tl.constexpr = HEAD_SIZE
+        q = _load_signed_query(query, stride_query_head, 0, 2, GROUP, HEAD_SIZE, WIDTH)
+        odd = _load_signed_query(query, stride_query_head, 1, 2, GROUP, HEAD_SIZE, WIDTH)
+        unit = _power_of_two(tl.max(tl.max(tl.maximum(tl.abs(q), tl.abs(odd)), 1), 0))
+        q, odd = (q / unit).to(DOT), (odd / unit).to(DOT)
+        q_sum = tl.sum(q.to(tl.float32) + odd.to(tl.float32), 0)[None, :]
         bound_params += kv_head * stride_params_head
+    bounds += kv_head * stride_kv_head
     block_table += row * stride_table
     out += row * stride_out_row + kv_head * stride_out_head
     pair = row * tl.num_programs(1) + kv_head
     raw = scratch + pair * GROUP * max_pages
 
-    channel = tl.arange(0, WIDTH)[None, :]
+    word = tl.arange(0, WIDTH)[None, :]
     head = tl.arange(0, 16)[None, :]
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
@@ -146,16 +157,17 @@ def _score_kernel(
         block = next_block.to(tl.int64)
         # One tile ahead: bounds whose address is known are loaded several tiles ahead.
         next_block = tl.load(block_table + (page + TILE) // PAGES_PER_BLOCK, mask=page + TILE < end, other=0)
-        offset = block * stride_block + (page % PAGES_PER_BLOCK) * (2 * HEAD_SIZE)
-        inside = known[:, None] & (channel < 2 * HEAD_SIZE)
-        minmax = tl.load(bounds + offset[:, None] + channel, mask=inside, other=0)
+        offset = block * stride_block + (page % PAGES_PER_BLOCK) * WORDS
+        inside = known[:, None] & (word < WORDS)
+        minmax = tl.load(bounds + offset[:, None] + word, mask=inside, other=0)
         if bound_params is None:
             score = tl.dot(minmax.to(DOT), q, input_precision="ieee")  # [TILE, 16]
         else:
             params = bound_params + block * stride_params + (page % PAGES_PER_BLOCK) * 2
             shift = tl.load(params, mask=known, other=0.0)[:, None]
             step = tl.load(params + 1, mask=known, other=0.0)[:, None]
-            score = tl.dot(_as_float16(minmax).to(DOT), q, input_precision="ieee")
+            score = tl.dot(_as_float16(minmax & 0xFF).to(DOT), q, input_precision="ieee")
+            score = tl.dot(_as_float16(minmax >> 8).to(DOT), odd, score, input_precision="ieee")
             score = (shift * q_sum + step * score) * unit
         if REDUCE == "max":
             tl.store(out + page, tl.max(tl.where(head < GROUP, score, float("-inf")), 1), mask=known)
@@ -236,9 +248,13 @@ def score_pages(
             workspace = Workspace.allocate(needed, pairs, query.device)
         workspace.check(needed, pairs)
         scratch, arrivals = workspace.scratch, workspace.arrivals
+    values, params = bounds
+    if params is not None:  # two codes at a time
+        values = values.view(torch.uint16)
     _score_kernel[(splits, num_kv_heads, rows)](
         query,
-        *bounds,
+        values,
+        params,
         block_table,
         num_pages,
         out,
@@ -249,18 +265,18 @@ def score_pages(
         max_pages,
         query.stride(0),
         query.stride(1),
-        *bound_strides(bounds),
+        *bound_strides(PageBounds(values, params)),
         block_table.stride(0),
         out.stride(0),
         out.stride(1),
         GROUP=group,
         GROUP_POW2=triton.next_power_of_2(group),
         HEAD_SIZE=head_size,
-        WIDTH=triton.next_power_of_2(2 * head_size),
+        WIDTH=triton.next_power_of_2(2 * head_size * bounds.values.itemsize // values.itemsize),
         PAGES_PER_BLOCK=pages_per_block,
         REDUCE=group_reduce,
         TILE=choice.tile,
-        DOT=dot_type(bounds.values.dtype if bounds.params is None else torch.float16),
+        DOT=dot_type(values.dtype if params is None else torch.float16),
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
     )
