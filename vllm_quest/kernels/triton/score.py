@@ -116,6 +116,7 @@ def _score_kernel(
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
     REDUCE: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
@@ -149,21 +150,26 @@ def _score_kernel(
     head = tl.arange(0, 16)[None, :]
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
-    page = first + tl.arange(0, TILE)
-    next_block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=page < end, other=0)
+    # Pages of one block are looked up together, and one tile ahead: bounds whose address is known are loaded
+    # several tiles ahead.
+    spans = tl.arange(0, TILE // SPAN) * SPAN
+    in_span = tl.arange(0, SPAN)[None, :]
+    next_block = tl.load(block_table + (first + spans) // PAGES_PER_BLOCK, mask=first + spans < end, other=0)
     for start in tl.range(first, end, TILE):
         page = start + tl.arange(0, TILE)
         known = page < end
         block = next_block.to(tl.int64)
-        # One tile ahead: bounds whose address is known are loaded several tiles ahead.
-        next_block = tl.load(block_table + (page + TILE) // PAGES_PER_BLOCK, mask=page + TILE < end, other=0)
-        offset = block * stride_block + (page % PAGES_PER_BLOCK) * WORDS
+        ahead = start + TILE + spans
+        next_block = tl.load(block_table + ahead // PAGES_PER_BLOCK, mask=ahead < end, other=0)
+        in_block = ((start + spans) % PAGES_PER_BLOCK)[:, None] + in_span
+        offset = tl.reshape((block * stride_block)[:, None] + in_block * WORDS, [TILE])
+        offset = tl.multiple_of(offset, 8)  # 16 bytes, which the compiler does not see
         inside = known[:, None] & (word < WORDS)
         minmax = tl.load(bounds + offset[:, None] + word, mask=inside, other=0)
         if bound_params is None:
             score = tl.dot(minmax.to(DOT), q, input_precision="ieee")  # [TILE, 16]
         else:
-            params = bound_params + block * stride_params + (page % PAGES_PER_BLOCK) * 2
+            params = bound_params + tl.reshape((block * stride_params)[:, None] + in_block * 2, [TILE])
             shift = tl.load(params, mask=known, other=0.0)[:, None]
             step = tl.load(params + 1, mask=known, other=0.0)[:, None]
             score = tl.dot(_as_float16(minmax & 0xFF).to(DOT), q, input_precision="ieee")
@@ -274,6 +280,7 @@ def score_pages(
         HEAD_SIZE=head_size,
         WIDTH=triton.next_power_of_2(2 * head_size * bounds.values.itemsize // values.itemsize),
         PAGES_PER_BLOCK=pages_per_block,
+        SPAN=min(choice.tile, pages_per_block & -pages_per_block),
         REDUCE=group_reduce,
         TILE=choice.tile,
         DOT=dot_type(values.dtype if params is None else torch.float16),
