@@ -16,7 +16,7 @@ from vllm_quest.layout import PageLayout
 
 
 def random_pages(num_pages: torch.Tensor, heads: int, budget: int, seed: int = 0) -> torch.Tensor:
-    """``[R, H, budget]`` as `select_pages` returns them: ascending, the last one of the row always, then -1."""
+    """``[R, H, budget]`` as `select_pages` returns them: ascending, the row's last one too, then -1."""
     generator = torch.Generator().manual_seed(seed)
     pages = torch.full((len(num_pages), heads, budget), -1, dtype=torch.int32)
     for row, total in enumerate(num_pages.tolist()):
