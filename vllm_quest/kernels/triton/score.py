@@ -60,6 +60,18 @@ def _as_float16(code):
 
 
 @triton.jit
+def _spread(first, size, SPAN: tl.constexpr, MULTIPLE: tl.constexpr):
+    """Offsets of all pages, [m * SPAN], from those of the first pages of spans, [m].
+
+    All are multiples of MULTIPLE. Behind a reshape the compiler does not see it, and would load byte by byte.
+    """
+    if SPAN == 1:
+        return first
+    spread = tl.reshape(first[:, None] + (tl.arange(0, SPAN) * size)[None, :], [first.shape[0] * SPAN])
+    return tl.multiple_of(spread, MULTIPLE)
+
+
+@triton.jit
 def _softmax_mean(
     out, raw, partials, total, max_pages, active, scale_log2, GROUP: tl.constexpr, GROUP_POW2: tl.constexpr
 ):
@@ -153,7 +165,6 @@ def _score_kernel(
     # Pages of one block are looked up together, and one tile ahead: bounds whose address is known are loaded
     # several tiles ahead.
     spans = tl.arange(0, TILE // SPAN) * SPAN
-    in_span = tl.arange(0, SPAN)[None, :]
     next_block = tl.load(block_table + (first + spans) // PAGES_PER_BLOCK, mask=first + spans < end, other=0)
     for start in tl.range(first, end, TILE):
         page = start + tl.arange(0, TILE)
@@ -161,15 +172,14 @@ def _score_kernel(
         block = next_block.to(tl.int64)
         ahead = start + TILE + spans
         next_block = tl.load(block_table + ahead // PAGES_PER_BLOCK, mask=ahead < end, other=0)
-        in_block = ((start + spans) % PAGES_PER_BLOCK)[:, None] + in_span
-        offset = tl.reshape((block * stride_block)[:, None] + in_block * WORDS, [TILE])
-        offset = tl.multiple_of(offset, 8)  # 16 bytes, which the compiler does not see
+        in_block = (start + spans) % PAGES_PER_BLOCK
+        offset = _spread(block * stride_block + in_block * WORDS, WORDS, SPAN, 8)  # 16 bytes
         inside = known[:, None] & (word < WORDS)
         minmax = tl.load(bounds + offset[:, None] + word, mask=inside, other=0)
         if bound_params is None:
             score = tl.dot(minmax.to(DOT), q, input_precision="ieee")  # [TILE, 16]
         else:
-            params = bound_params + tl.reshape((block * stride_params)[:, None] + in_block * 2, [TILE])
+            params = bound_params + _spread(block * stride_params + in_block * 2, 2, SPAN, 2)
             shift = tl.load(params, mask=known, other=0.0)[:, None]
             step = tl.load(params + 1, mask=known, other=0.0)[:, None]
             score = tl.dot(_as_float16(minmax & 0xFF).to(DOT), q, input_precision="ieee")
