@@ -30,9 +30,9 @@ __all__ = [
 # A program of few tiles costs little; a GPU that waits for the longest row costs much. So every row is cut
 # into at least this many splits, where it has as many tiles.
 MIN_SPLITS = 4
-PROGRAMS_PER_MULTIPROCESSOR = 4
+PROGRAMS_PER_MULTIPROCESSOR = {"score": 6, "attend": 3}
 # A split of attention has at least this many tokens, whatever the tile: the scratch memory follows from it.
-SPLIT_TOKENS = 64
+SPLIT_TOKENS = 128
 # One program merges what the splits of a row found: the outputs of all splits, but only the sums of scores.
 _MAX_SPLITS = {"score": 256, "attend": 32}
 
@@ -59,7 +59,7 @@ _CHOICES = {
     ("score", "blackwell"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 3), 256: Choice(32, 4, 2)},
     ("score", "cdna"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     ("attend", "ampere"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
-    ("attend", "hopper"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
+    ("attend", "hopper"): {64: Choice(64, 4, 4), 128: Choice(32, 2, 3), 256: Choice(64, 4, 2)},
     ("attend", "blackwell"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
     ("attend", "cdna"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     # V is loaded when the tile's logits are known, into registers.
@@ -125,13 +125,13 @@ def split_count(kernel: str, pairs: int, tiles: int, device: torch.device) -> in
         tiles: Least shares of the longest context that the shapes allow.
         device: Where the kernel runs.
     """
-    filling = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // pairs)
+    filling = -(-PROGRAMS_PER_MULTIPROCESSOR[kernel] * multiprocessors(device) // pairs)
     return max(1, min(tiles, _MAX_SPLITS[kernel], max(MIN_SPLITS, filling)))
 
 
 def split_total(kernel: str, pairs: int, tiles: int, device: torch.device) -> int:
     """At least the splits of a launch of `pairs` pairs or fewer: fewer pairs may have more splits in all."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
+    wanted = PROGRAMS_PER_MULTIPROCESSOR[kernel] * multiprocessors(device)
     return min(pairs * min(tiles, _MAX_SPLITS[kernel]), max(pairs * MIN_SPLITS, wanted + pairs))
 
 
