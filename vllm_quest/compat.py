@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,17 @@ def register_kv_cache_dtype(name: str) -> None:
 
     Handler.name = name  # type: ignore[attr-defined]
     register(name)(Handler)
+
+
+def prefer_v1_model_runner() -> None:
+    """Engines started from now on have the V1 model runner, unless the environment says otherwise.
+
+    Symptom: on a GPU an engine with a logits processor of ours dies with "ForcedTokens is not a subclass of
+    vllm.v1.worker.gpu.sample.logits_processor.LogitsProcessor". Upstream: 0.32 and 0.33 run GPUs with the V2
+    model runner, whose logits processors have another interface; CPUs run the V1 model runner. Delete: when
+    both have the same interface, or `ForcedTokens` has that of V2.
+    """
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
 @contextmanager

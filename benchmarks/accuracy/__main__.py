@@ -18,7 +18,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 # Before vLLM is imported: the bar stays readable, and OpenMP's threads do not spin between steps.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -26,8 +25,10 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.accuracy import configurations, gate
+from benchmarks.accuracy import configurations, gate, sample_file
+from benchmarks.accuracy.engine import Key
 from benchmarks.accuracy.grid import Grid
+from benchmarks.accuracy.samples import Sample
 from benchmarks.model import ModelError, prepare_model
 from vllm_quest.config import QuestConfig
 
@@ -47,21 +48,13 @@ def main() -> None:
 
 
 def _grid(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from benchmarks.accuracy import tasks
 
     chosen = _configurations(arguments)  # refuses a wrong one before any work
     model = arguments.model or str(prepare_model())
-    names = arguments.tasks.split(",") if arguments.tasks else list(tasks.TASKS)
-    samples: dict[tuple[str, int], Any] = {}
-    for name in names:
-        built = tasks.build(
-            AutoTokenizer.from_pretrained(model), arguments.context, arguments.samples, arguments.seed, [name]
-        )
-        if not arguments.ranks:
-            built = [replace(sample, distractors=()) for sample in built]
-        samples |= {(name, index): sample for index, sample in enumerate(built)}
+    origin, samples = _samples(arguments, model)
+    if not arguments.ranks:
+        samples = {key: replace(sample, distractors=()) for key, sample in samples.items()}
     Grid(
         model=model,
         context=arguments.context,
@@ -71,12 +64,39 @@ def _grid(arguments: argparse.Namespace) -> None:
         rouge=tasks.rouge_l,
         engine_args=arguments.engine_args,
         timed=arguments.times,
+        contexts_at_once=arguments.contexts_at_once,
+        versions={"Python of the texts": origin.python},
     ).run()
     print(f"python -m benchmarks.accuracy report {arguments.out}")
 
 
+def _samples(arguments: argparse.Namespace, model: str) -> tuple[sample_file.Origin, dict[Key, Sample]]:
+    """From the file that the flags name; without one, or if it is not there yet, built by this Python."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.accuracy import tasks
+
+    names = arguments.tasks.split(",") if arguments.tasks else list(tasks.TASKS)
+    origin = sample_file.Origin(Path(model).name, arguments.context, arguments.seed)
+    if arguments.samples_file and arguments.samples_file.exists():
+        return sample_file.load(arguments.samples_file, origin, names, arguments.samples)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    samples = {
+        (name, index): sample
+        for name in names
+        for index, sample in enumerate(
+            tasks.build(tokenizer, arguments.context, arguments.samples, arguments.seed, [name])
+        )
+    }
+    if arguments.samples_file:
+        sample_file.save(arguments.samples_file, origin, samples)
+    return origin, samples
+
+
 def _configurations(arguments: argparse.Namespace) -> dict[str, QuestConfig]:
     """Those that the flags name; the standard ones without any."""
+    if arguments.dense_only:
+        return {}
     if not (arguments.vary or arguments.base or arguments.quest):
         return configurations.standard(arguments.context)
     chosen: dict[str, QuestConfig] = {}
@@ -110,6 +130,12 @@ def _arguments() -> argparse.Namespace:
     add("--samples", type=int, default=50, metavar="N", help="per task; default: 50")
     add("--seed", type=int, default=0, metavar="N", help="of the tasks; default: 0")
     add("--tasks", metavar="A,B,...", help="default: all")
+    add(
+        "--samples-file",
+        type=Path,
+        metavar="FILE",
+        help="written where it does not exist, else read: so machines with other Pythons measure the same",
+    )
     add("--out", type=Path, required=True, metavar="FOLDER", help="raw results, only ever added to")
     add("--vary", action="append", default=[], metavar="FIELD=A,B", help="values of a field; repeatable")
     add("--base", action="append", default=[], metavar="FIELD=VALUE", help="what --vary varies; repeatable")
@@ -122,8 +148,16 @@ def _arguments() -> argparse.Namespace:
         metavar="JSON",
         help="one configuration; repeatable",
     )
+    add("--dense-only", action="store_true", help="what runs side by side copy before they start")
     add("--no-ranks", dest="ranks", action="store_false", help="score no distractors: most of the work")
     add("--no-times", dest="times", action="store_false", help="for a machine that is busy otherwise")
+    add(
+        "--contexts-at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="whose samples are one batch, for GPUs with --engine-args '{\"max_num_seqs\": ...}'; default: 1",
+    )
     add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM")
     return parser.parse_args()
 

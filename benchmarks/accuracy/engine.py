@@ -58,12 +58,13 @@ def measure(
     Args:
         instrument: Dense for samples that `references` does not have.
         configuration: The name of the configuration.
-        samples: Few contexts at a time: all must fit the prefix cache.
+        samples: Only so many contexts at a time as fit the prefix cache.
         references: The dense answers.
         rouge: ROUGE-L of the reference and a generated text.
     """
     answers, counters = _right_answers(instrument, samples)
     ranks = _ranks(instrument, samples, answers)
+    rouges = _rouges(instrument, samples, rouge)
     scores = []
     for key, sample in samples.items():
         if instrument.config is None and key not in references:
@@ -82,7 +83,7 @@ def measure(
                 agreement=result.agreement,
                 kl=result.kl,
                 rank=ranks[key],
-                rougeL=_rouge(instrument, sample, rouge) if sample.generate else None,
+                rougeL=rouges.get(key),
                 counters=counters[key],
             )
         )
@@ -94,21 +95,24 @@ def _right_answers(
 ) -> tuple[dict[Key, list[Position]], dict[Key, dict[str, int]]]:
     """The positions of each answer, and the counters' growth meanwhile.
 
-    What a row reads follows from its context, so samples of equal lengths share the growth of their group.
+    What a row reads follows from its context, so samples of equally long contexts share the growth of their
+    batch by their rows. The sum is exact; what one sample has of it is as exact as its question and answer
+    are short beside the context.
     """
-    groups: dict[tuple[int, int], list[Key]] = defaultdict(list)
+    groups: dict[int, list[Key]] = defaultdict(list)
     for key, sample in samples.items():
-        groups[len(sample.context), len(sample.question) + len(sample.answer)].append(key)
+        groups[len(sample.context)].append(key)
     answers: dict[Key, list[Position]] = {}
     counters: dict[Key, dict[str, int]] = {}
     for keys in groups.values():
+        batch = [_continuation(samples[key], samples[key].answer) for key in keys]
         before = vllm_quest.read_counters()
-        results = instrument.score([_continuation(samples[key], samples[key].answer) for key in keys])
+        results = instrument.score(batch)
         after = vllm_quest.read_counters()
-        growth = {name: round((after[name] - before[name]) / len(keys)) for name in after}
-        for key, positions in zip(keys, results, strict=True):
+        rows = [instrument.decode_rows(one) for one in batch]
+        for key, positions, own in zip(keys, results, rows, strict=True):
             answers[key] = positions[-len(samples[key].answer) :]
-            counters[key] = growth
+            counters[key] = {name: round((after[name] - before[name]) * own / sum(rows)) for name in after}
     return answers, counters
 
 
@@ -126,10 +130,19 @@ def _ranks(
     return {key: 1 + better[key] if sample.distractors else None for key, sample in samples.items()}
 
 
-def _rouge(instrument: Instrument, sample: Sample, rouge: Rouge) -> float:
-    (generated,) = instrument.generate([Continuation(sample.context, sample.question)], sample.generate)
+def _rouges(instrument: Instrument, samples: dict[Key, Sample], rouge: Rouge) -> dict[Key, float]:
+    """Of what is generated, for the samples that ask for it."""
+    groups: dict[int, list[Key]] = defaultdict(list)
+    for key, sample in samples.items():
+        if sample.generate:
+            groups[sample.generate].append(key)
     decode = instrument.llm.get_tokenizer().decode
-    return rouge(decode(sample.answer), decode(generated))
+    rouges: dict[Key, float] = {}
+    for length, keys in groups.items():
+        asked = [Continuation(samples[key].context, samples[key].question) for key in keys]
+        for key, generated in zip(keys, instrument.generate(asked, length), strict=True):
+            rouges[key] = rouge(decode(samples[key].answer), decode(generated))
+    return rouges
 
 
 def _continuation(sample: Sample, answer: Sequence[int]) -> Continuation:

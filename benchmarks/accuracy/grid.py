@@ -1,6 +1,7 @@
 """Measures tasks under many configurations: one engine per layout of the cache, dense first.
 
-Within an engine the configurations take turns at each context, so its prefill is paid once per engine.
+Within an engine the configurations take turns at each context, or at as many as are measured at once, so its
+prefill is paid once per engine.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ class Grid:
         rouge: ROUGE-L of a reference and a generated text.
         engine_args: More of vLLM's arguments.
         timed: Whether the time per token is measured, which needs a machine that is otherwise idle.
+        contexts_at_once: Contexts whose samples are decoded in one batch; all must fit the prefix cache.
+        versions: More of them, beside those of the machine.
     """
 
     model: str
@@ -50,6 +54,8 @@ class Grid:
     rouge: Rouge
     engine_args: dict[str, Any] = field(default_factory=dict)
     timed: bool = True
+    contexts_at_once: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         name = f"{Path(self.model).name}-{self.context}.jsonl"
@@ -92,7 +98,7 @@ class Grid:
                 bar.set_description(f"{name}: time a step" if self.timed else name)
                 _configure(instrument, config)
                 self.results.append(self._header(instrument, name, config))
-            for keys in self.by_context():
+            for keys in self.batches():
                 for name, config in engine.items():
                     wanted = {key: self.samples[key] for key in keys if key in missing[name]}
                     if not wanted:
@@ -106,12 +112,18 @@ class Grid:
         finally:
             instrument.close()
 
-    def by_context(self) -> Iterable[list[Key]]:
+    def by_context(self) -> list[list[Key]]:
         """Samples that share a context, in the order of the tasks."""
         groups: dict[str, list[Key]] = {}
         for key, sample in self.samples.items():
             groups.setdefault(sample.context_id, []).append(key)
-        return groups.values()
+        return list(groups.values())
+
+    def batches(self) -> Iterable[list[Key]]:
+        """Samples that are measured together."""
+        contexts = self.by_context()
+        for start in range(0, len(contexts), self.contexts_at_once):
+            yield list(chain.from_iterable(contexts[start : start + self.contexts_at_once]))
 
     def _longest(self) -> int:
         """Tokens of the longest request, the one that vLLM samples behind a prompt included."""
@@ -135,7 +147,7 @@ class Grid:
             model=Path(self.model).name,
             context=self.context,
             seconds_per_token=instrument.seconds_per_token(context) if self.timed else None,
-            versions=facts,
+            versions=facts | self.versions,
             machine=device | {"load": f"{os.getloadavg()[0]:.1f}"},
             command=" ".join(["python -m benchmarks.accuracy", *sys.argv[1:]]),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),

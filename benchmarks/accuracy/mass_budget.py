@@ -212,8 +212,7 @@ def _measure(
 ) -> dict[tuple[str, str], list[Score]]:
     """Scores by budget and arm; arms take turns at each context, whose prefill is paid once."""
     scores: dict[tuple[str, str], list[Score]] = {}
-    contexts = list(grid.by_context())
-    for keys in tqdm(contexts, desc="measure"):
+    for keys in tqdm(grid.by_context(), desc="measure"):
         samples = {key: grid.samples[key] for key in keys}
         for config in configs:
             instrument.configure(config)

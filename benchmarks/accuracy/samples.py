@@ -35,7 +35,7 @@ class Score:
         rank: Place of the right answer among itself and the distractors by mean NLL, 1 is best; None without.
         rougeL: Of the generated text against the answer; None where the sample generates nothing.
         counters: Growth of `vllm_quest.read_counters()` while the right answer was decoded, dense layers not
-            included; all zero for a dense backend.
+            included; all zero for a dense backend. Of a batch, the share of this sample's decoded tokens.
     """
 
     configuration: str

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from itertools import chain
 
 import pytest
 
-from benchmarks.accuracy import configurations
+from benchmarks.accuracy import configurations, sample_file
 from benchmarks.accuracy.engine import References
-from benchmarks.accuracy.samples import Header, Results, Score
+from benchmarks.accuracy.grid import Grid
+from benchmarks.accuracy.samples import Header, Results, Sample, Score
 from vllm_quest.accuracy.instrument import Position
 from vllm_quest.config import SELECTION_FIELDS, QuestConfig, QuestConfigError
 
@@ -84,6 +86,55 @@ def test_results_go_on_after_a_line_that_was_cut_off(tmp_path) -> None:
     again.append(score(1))
     assert [results.path for results in Results.in_folder(tmp_path)] == [path]
     assert Results(path).scores == [score(0), score(1)]
+
+
+def sample(context: int) -> Sample:
+    tokens = tuple(range(context, context + 7))
+    return Sample(
+        "needle", f"needle-0-{context}", tokens, (1, 2), (3,), distractors=((4,), (5, 6)), generate=2
+    )
+
+
+SAMPLES = {("needle", index): replace(sample(index // 2), answer=(index,)) for index in range(10)}
+ORIGIN = sample_file.Origin("model", 4096, 0)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 9])
+def test_every_sample_is_in_one_batch_with_its_context(tmp_path, at_once) -> None:
+    batches = list(
+        Grid(
+            "model", 4096, SAMPLES, {}, tmp_path, lambda *_: 0.0, contexts_at_once=at_once, timed=False
+        ).batches()
+    )
+    assert list(chain.from_iterable(batches)) == list(SAMPLES)
+    held = [{SAMPLES[key].context_id for key in batch} for batch in batches]
+    assert [len(contexts) for contexts in held[:-1]] == [at_once] * (len(held) - 1)
+    assert sum(map(len, held)) == 5, "no context is in two batches"
+
+
+def test_samples_come_back_from_a_file(tmp_path) -> None:
+    path = tmp_path / "samples.jsonl"
+    origin = replace(ORIGIN, python="2.7.18")
+    sample_file.save(path, origin, SAMPLES)
+    found, samples = sample_file.load(path, ORIGIN, ["needle"], 7)
+    assert found == origin
+    assert samples == {key: SAMPLES[key] for key in list(SAMPLES)[:7]}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tasks", "count", "message"),
+    [
+        (replace(ORIGIN, seed=1), ["needle"], 10, "seed=0.*asked for.*seed=1"),
+        (replace(ORIGIN, model="other"), ["needle"], 10, "model='other'"),
+        (ORIGIN, ["needle"], 11, "lacks sample 10 of needle"),
+        (ORIGIN, ["needle", "prose"], 10, "lacks sample 0 of prose"),
+    ],
+)
+def test_other_samples_are_refused(tmp_path, wanted, tasks, count, message) -> None:
+    path = tmp_path / "samples.jsonl"
+    sample_file.save(path, ORIGIN, SAMPLES)
+    with pytest.raises(ValueError, match=message):
+        sample_file.load(path, wanted, tasks, count)
 
 
 def test_references_come_back(tmp_path) -> None:

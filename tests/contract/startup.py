@@ -78,6 +78,11 @@ STARTUP: Contract = {
         ),
         On("vllm.config.cache.KV_CACHE_DTYPES", "whether the name is registered", since="0.33"),
         On(f"{_SPEC}.KVQuantMode", "what the handler answers", members=("NONE = 0",)),
+        On(
+            f"{_VLLM_CONFIG}.use_v2_model_runner",
+            "the environment chooses the model runner",
+            code=("use_v2_model_runner = envs.VLLM_USE_V2_MODEL_RUNNER", "return use_v2_model_runner"),
+        ),
     ),
     "vllm_quest/config.py": (
         On(

@@ -12,7 +12,9 @@ import pytest
 from vllm import LLM, SamplingParams
 
 import vllm_quest
-from tests.engine.running import LAYERS
+from benchmarks.accuracy.engine import References, measure
+from benchmarks.accuracy.samples import Sample, Score
+from tests.engine.running import KV_HEADS, LAYERS
 from vllm_quest.accuracy.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 
@@ -99,6 +101,59 @@ def test_where_tokens_do_not_step_alike_they_are_stepped(quest, cases) -> None:
     np.testing.assert_allclose(
         logprobs(quest.score(short)), logprobs(quest.score_by_stepping(short)), atol=1e-3
     )
+
+
+@pytest.fixture(scope="module")
+def samples(prose) -> dict[tuple[str, int], Sample]:
+    """Two contexts of one length; questions and answers of many."""
+    cut = [(0, 9, 4, 0), (0, 2, 5, 4), (4000, 3, 7, 0)]
+    return {
+        ("task", index): Sample(
+            "task",
+            f"at {start}",
+            tuple(prose[start : start + 512]),
+            tuple(prose[start + 512 : start + 512 + question]),
+            tuple(prose[start + 512 + question : start + 512 + question + answer]),
+            distractors=(tuple(prose[:3]),) if start else (),
+            generate=generate,
+        )
+        for index, (start, question, answer, generate) in enumerate(cut)
+    }
+
+
+def scores_of(instrument: Instrument, samples, references: References) -> list[Score]:
+    return measure(instrument, "any", samples, references, lambda _, text: float(len(text)))
+
+
+def test_many_contexts_at_once_and_stepping_change_no_score(
+    dense, quest, samples, tmp_path, monkeypatch
+) -> None:
+    """As GPUs take them: everything in one batch, token by token."""
+    references = References(tmp_path / "references.jsonl")
+    scores_of(dense, samples, references)
+    quest.configure(BASE)
+    alone = [scores_of(quest, {key: sample}, references)[0] for key, sample in samples.items()]
+    together = scores_of(quest, samples, references)
+    monkeypatch.setattr(quest, "has_tail", False)
+    stepped = scores_of(quest, samples, references)
+    assert np.ptp([score.nll for score in alone]) > 0.1
+    assert [score.rougeL is None for score in alone] == [True, False, True]
+    for scores, last in ((together, 0), (stepped, 1)):
+        for one, same in zip(alone, scores, strict=True):
+            assert (same.exact, same.rank, same.rougeL) == (one.exact, one.rank, one.rougeL)
+            np.testing.assert_allclose((same.nll, same.kl), (one.nll, one.kl), atol=1e-3)
+            sample = samples[same.task, same.sample]
+            rows = len(sample.question) + len(sample.answer) - last
+            assert same.counters["decode_rows_sparse"] == rows * LAYERS
+            assert same.counters["pages_read"] == rows * LAYERS * KV_HEADS * BASE.budget_pages
+    read = [sum(score.counters["bytes_read"] for score in scores) for scores in (alone, together)]
+    assert read[0] == pytest.approx(read[1], abs=len(samples))
+
+
+def test_on_a_gpu_dense_attention_steps_too(dense, monkeypatch) -> None:
+    assert not dense.is_stepping
+    monkeypatch.setattr(dense, "has_tail", False)
+    assert dense.is_stepping
 
 
 def test_an_order_of_measurements_changes_nothing(quest, cases) -> None:

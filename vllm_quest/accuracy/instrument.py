@@ -1,8 +1,8 @@
 """Decode-mode teacher forcing through the real engine: what the model thought of tokens as it decoded them.
 
 The fast way gives the tokens as the end of a prompt, which `decode_tail` makes decode rows; one step then
-does what stepping does in many. The slow way forces the engine to decode them one by one. The context is
-prefilled once and comes from vLLM's prefix cache afterwards.
+does what stepping does in many. The slow way forces the engine to decode them one by one, those of all
+continuations in one batch. The context is prefilled once and comes from vLLM's prefix cache afterwards.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
+from vllm_quest.compat import prefer_v1_model_runner
 from vllm_quest.config import QuestConfig
 
 __all__ = ["Continuation", "Instrument", "Position"]
@@ -72,6 +73,7 @@ class Instrument:
             max_model_len: Longest context with its tokens.
             engine_args: ``model`` and whatever else `LLM` takes.
         """
+        prefer_v1_model_runner()
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -79,6 +81,7 @@ class Instrument:
         defaults: dict[str, Any] = {
             "dtype": "float32" if is_cpu else "auto",
             "enforce_eager": True,  # a CUDA graph would hold the first configuration
+            "async_scheduling": False,  # which token is forced follows from those already there
             "max_num_seqs": 8,
             "max_num_batched_tokens": max_model_len,
             "enable_chunked_prefill": False,
@@ -102,6 +105,19 @@ class Instrument:
         self.kv_bytes_per_token = sum(self.llm.collective_rpc("kv_bytes_per_token"))
         self._salts = (f"measured-{number}" for number in itertools.count())
 
+    @property
+    def is_stepping(self) -> bool:
+        """Whether `score` decodes token by token.
+
+        Wherever one step does not give what stepping gives. On GPUs dense attention too: they step hundreds
+        of samples together, while vLLM hands over a prompt's log-probabilities for all of its context.
+        """
+        return not self.has_tail or (self.config is not None and not self.config.steps_alike)
+
+    def decode_rows(self, continuation: Continuation) -> int:
+        """How many tokens `score` decodes; the last one only in one step with the others."""
+        return len(continuation.tokens) - self.is_stepping
+
     def configure(self, config: QuestConfig) -> None:
         """Selects by `config` from now on; it must agree with the cache in `QuestConfig.cache_fields`."""
         if config != self.config:
@@ -113,7 +129,7 @@ class Instrument:
 
         In one step for all continuations with equally many tokens, where that gives what stepping gives.
         """
-        if self.config is not None and not (self.has_tail and self.config.steps_alike):
+        if self.is_stepping:
             return self.score_by_stepping(continuations)
         prompts = self._prefilled(continuations)
         results: list[list[Position]] = [[] for _ in continuations]
