@@ -1,7 +1,8 @@
 """Times one decode step of one layer on a GPU: QUEST's four launches against vLLM's dense kernels.
 
     python -m benchmarks.kernels [--geometry llama-3.1-8b] [--context 4096 32768 131072] [--batch 1 8 64]
-        [--budget 2048] [--page-size 16] [--metadata-dtype auto int8] [--json PATH] [--plot PATH]
+        [--budget 2048] [--page-size 16] [--kv-dtype auto int4]
+        [--metadata-dtype auto int8] [--block-size 16] [--json PATH] [--plot PATH]
 
 A step stores one token per row and computes attention. It is captured in a CUDA graph of several layers, each
 with its own cache, together larger than the L2 cache: every layer finds it cold, as in a model. Times are
@@ -27,9 +28,9 @@ from benchmarks.dense_kernels import DENSE
 from benchmarks.kernels_report import line, series, summary
 from benchmarks.roofline import GEOMETRIES, Geometry, Step
 from benchmarks.throughput_pair import quest_bytes
-from vllm_quest.config import METADATA_DTYPES, QuestConfig
+from vllm_quest.config import KV_DTYPES, METADATA_DTYPES, QuestConfig
 from vllm_quest.kernels import triton as kernels
-from vllm_quest.layout import PageLayout
+from vllm_quest.layout import Int4Values, PageLayout, PageViews
 
 SINK_PAGES, RECENT_PAGES = 1, 2
 DTYPE = torch.bfloat16
@@ -84,16 +85,29 @@ def random_caches(rows: Rows, geometry: Geometry, block_size: int, content: int,
     return [torch.empty(shape, dtype=DTYPE, device="cuda").normal_() for _ in range(layers)]
 
 
+def random_pages(rows: Rows, geometry: Geometry, layout: PageLayout) -> PageViews:
+    """One layer's cache: random K and V, and random bounds, but kmin below kmax."""
+    if not layout.is_int4:
+        (cache,) = random_caches(rows, geometry, layout.block_size, layout.content_size, 1)
+    else:
+        shape = (rows.num_blocks, geometry.num_kv_heads, layout.block_size, layout.content_size)
+        cache = torch.randint(256, shape, dtype=torch.uint8, device="cuda")
+    pages = layout.views(cache)
+    if isinstance(pages.value, Int4Values):
+        pages.value.params.copy_(torch.tensor([-1, 2 / 15]))
+    bounds, params = pages.bounds
+    if params is not None:
+        params.copy_(torch.tensor([-1, 2 / 255]))
+    elif layout.is_int4:
+        bounds.normal_()
+    kmin, kmax = (bound.clone() for bound in bounds.unbind(3))
+    torch.minimum(kmin, kmax, out=bounds[:, :, :, 0])
+    torch.maximum(kmin, kmax, out=bounds[:, :, :, 1])
+    return pages
+
+
 def quest_step(rows: Rows, geometry: Geometry, layout: PageLayout, budget: int, layers: int) -> Callable:
-    caches = random_caches(rows, geometry, layout.block_size, layout.content_size, layers)
-    views = [layout.views(cache) for cache in caches]
-    for pages in views:  # random bounds, but kmin below kmax
-        bounds, params = pages.bounds
-        kmin, kmax = (bound.clone() for bound in bounds.unbind(3))
-        torch.minimum(kmin, kmax, out=bounds[:, :, :, 0])
-        torch.maximum(kmin, kmax, out=bounds[:, :, :, 1])
-        if params is not None:
-            params.copy_(torch.tensor([-1, 2 / 255]))
+    views = [random_pages(rows, geometry, layout) for _ in range(layers)]
     budget_pages, page_size = budget // layout.page_size, layout.page_size
     pages_to_score = (rows.seq_lens + page_size - 1) // page_size * (rows.seq_lens > budget)
     workspace = kernels.Workspace.for_decode(
@@ -159,7 +173,9 @@ def dense_step(rows: Rows, geometry: Geometry, block_size: int, layers: int, kin
     return step
 
 
-def measure(name: str, step: Step, metadata_dtype: str, repeats: int, bandwidth: float) -> dict:
+def measure(
+    name: str, step: Step, kv_dtype: str, metadata_dtype: str, repeats: int, bandwidth: float
+) -> dict:
     """One configuration: milliseconds per layer of QUEST and of each dense kernel that runs here."""
     geometry = step.geometry
     layout = PageLayout(
@@ -168,6 +184,7 @@ def measure(name: str, step: Step, metadata_dtype: str, repeats: int, bandwidth:
         geometry.head_size,
         for_cpu=False,
         dtype=DTYPE,
+        kv_dtype=kv_dtype,
         metadata_dtype=metadata_dtype,
     )
     rows = Rows(geometry, step.batch, step.context, step.block_size)
@@ -193,7 +210,9 @@ def measure(name: str, step: Step, metadata_dtype: str, repeats: int, bandwidth:
         "context": step.context,
         "token_budget": step.token_budget,
         "page_size": step.page_size,
+        "kv_dtype": kv_dtype,
         "metadata_dtype": metadata_dtype,
+        "block_size": step.block_size,
         "layers": layers,
         "milliseconds": times,
         "left_out": left_out,
@@ -213,6 +232,8 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--budget", nargs="+", type=int, default=[2048])
     parser.add_argument("--page-size", nargs="+", type=int, default=[16])
+    parser.add_argument("--block-size", type=int, default=16, help="or the page size, where that is larger")
+    parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=["auto"])
     parser.add_argument("--metadata-dtype", nargs="+", choices=METADATA_DTYPES, default=["auto"])
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the results there")
@@ -230,15 +251,26 @@ def main() -> None:
         arguments.batch,
         arguments.budget,
         arguments.page_size,
+        arguments.kv_dtype,
         arguments.metadata_dtype,
         arguments.context,
     )
-    for name, batch, budget, page_size, metadata_dtype, context in configurations:
+    for name, batch, budget, page_size, kv_dtype, metadata_dtype, context in configurations:
         geometry = GEOMETRIES[name]
-        pages = QuestConfig(token_budget=budget, page_size=page_size, metadata_dtype=metadata_dtype)
+        pages = QuestConfig(
+            token_budget=budget, page_size=page_size, kv_dtype=kv_dtype, metadata_dtype=metadata_dtype
+        )
         sizes = quest_bytes(pages, geometry.head_size)
-        step = Step(geometry, batch, context, budget, page_size, block_size=max(16, page_size), **sizes)
-        results.append(measure(name, step, metadata_dtype, arguments.repeats, bandwidth))
+        step = Step(
+            geometry,
+            batch,
+            context,
+            budget,
+            page_size,
+            block_size=max(arguments.block_size, page_size),
+            **sizes,
+        )
+        results.append(measure(name, step, kv_dtype, metadata_dtype, arguments.repeats, bandwidth))
         print(line(results[-1]), flush=True)
     print(f"\n{summary(results)}")
     if arguments.json:

@@ -11,7 +11,8 @@ def line(row: dict) -> str:
     missing = "".join(f"  no {kind}: {reason}" for kind, reason in row["left_out"].items())
     return (
         f"{row['geometry']:19} batch {row['batch']:<3} context {row['context']:<8}"
-        f"budget {row['token_budget']:<6} page {row['page_size']:<3}{row['metadata_dtype']:<5}"
+        f"budget {row['token_budget']:<6} page {row['page_size']:<3}{row['kv_dtype']:<5}"
+        f"bounds {row['metadata_dtype']:<5}"
         f"{times}{row['speed_up']:.2f}x  "
         f"{row['gb_per_s']:.0f} GB/s  {row['share_of_limit']:.0%} of the limit{missing}"
     )
@@ -43,9 +44,10 @@ def series(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows that differ in their context only, by a name, in ascending order."""
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["context"]):
-        bounds = "" if row["metadata_dtype"] == "auto" else f", {row['metadata_dtype']} bounds"
+        formats = "" if row["kv_dtype"] == "auto" else f", {row['kv_dtype']}"
+        formats += "" if row["metadata_dtype"] == "auto" else f", {row['metadata_dtype']} bounds"
         name = (
             f"{row['geometry']}, batch {row['batch']}, budget {row['token_budget']}, page {row['page_size']}"
         )
-        found.setdefault(name + bounds, []).append(row)
+        found.setdefault(name + formats, []).append(row)
     return found

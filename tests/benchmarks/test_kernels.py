@@ -12,7 +12,7 @@ from benchmarks.kernels_report import break_even, series, summary
 def row(context: int, speed_up: float, page_size: int = 16, metadata_dtype: str = "auto") -> dict:
     return {
         **{"geometry": "llama-3.1-8b", "batch": 8, "context": context, "token_budget": 2048},
-        **{"page_size": page_size, "metadata_dtype": metadata_dtype, "layers": 2},
+        **{"page_size": page_size, "kv_dtype": "auto", "metadata_dtype": metadata_dtype, "layers": 2},
         **{"milliseconds": {"QUEST": 1.0, "FLASH_ATTN": speed_up}, "left_out": {"FLASHINFER": "not there"}},
         **{"speed_up": speed_up, "speed_up_limit": 8.0, "gb_per_s": 2000.0, "share_of_limit": 0.7},
     }

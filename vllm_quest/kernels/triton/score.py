@@ -141,11 +141,10 @@ def _score_kernel(
     if first >= end:
         return
     query += row * stride_query_row + kv_head * GROUP * stride_query_head
+    WORDS: tl.constexpr = 2 * HEAD_SIZE if bound_params is None else HEAD_SIZE
     if bound_params is None:
-        WORDS: tl.constexpr = 2 * HEAD_SIZE
         q = _load_signed_query(query, stride_query_head, 0, 1, GROUP, HEAD_SIZE, WIDTH).to(DOT)
     else:  # a word of two codes meets an even and an odd channel
-        WORDS: tl.constexpr = HEAD_SIZE
         q = _load_signed_query(query, stride_query_head, 0, 2, GROUP, HEAD_SIZE, WIDTH)
         odd = _load_signed_query(query, stride_query_head, 1, 2, GROUP, HEAD_SIZE, WIDTH)
         unit = _power_of_two(tl.max(tl.max(tl.maximum(tl.abs(q), tl.abs(odd)), 1), 0))
