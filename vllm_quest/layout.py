@@ -5,7 +5,7 @@ vLLM hands every layer a cache ``[num_blocks, num_kv_heads, block_size, C]`` in 
 
     auto, CPU  | K [D, N] | V [N, D]                | bounds | their offsets and scales | padding |
     auto, GPU  | K, V of token 0 | of token 1 | ... | bounds | their offsets and scales | padding |
-    int4       | K | V | zeros and scales of V | residual | bounds | their offsets and scales | padding |
+    int4       | K | V | zeros and scales of V | residuals | bounds | their offsets and scales | padding |
 
 `auto` keeps K and V in the model's dtype: the first part is what the device's dense kernels expect of a cache
 without bounds. docs/int4.md explains `int4`. Bounds are kmin and kmax of page 0, then of page 1, ...; offsets
@@ -52,6 +52,7 @@ class Int4Values(NamedTuple):
 
     codes: torch.Tensor  # [B, H, P, S / 2, D] uint8, as those of K
     params: torch.Tensor  # [B, H, N, G, 2] bfloat16: zero point and scale of each group of D / G channels
+    residual: torch.Tensor  # [B, H, S / 2, D] uint8: of the same page as that of K
 
 
 KeyCache = torch.Tensor | Int4Keys  # [B, H, N, D] in the model's dtype, or 4-bit codes
@@ -185,7 +186,8 @@ class PageLayout:
                 "key": ((pages, *page_key), byte),
                 "value": ((pages, half, dim), byte),
                 "value_params": ((size, self.value_groups, 2), torch.bfloat16),
-                "residual": (page_key, byte),
+                "key_residual": (page_key, byte),
+                "value_residual": ((half, dim), byte),
             }
         else:
             parts = {"kv": ((size, 2 * dim), self.dtype)}
@@ -225,13 +227,11 @@ class PageLayout:
         parts = {name: self._cut(kv_cache, name) for name in self._parts}
         bounds = PageBounds(parts["bounds"], parts.get("bound_params"))
         if self.is_int4:
-            residual = parts["residual"]
-            keys = Int4Keys(
-                codes=parts["key"].mT if self.for_cpu else parts["key"],
-                residual=residual.mT if self.for_cpu else residual,
-                bounds=bounds,
-            )
-            return PageViews(keys, Int4Values(parts["value"], parts["value_params"]), bounds, None)
+            codes, residual = parts["key"], parts["key_residual"]
+            if self.for_cpu:
+                codes, residual = codes.mT, residual.mT
+            values = Int4Values(parts["value"], parts["value_params"], parts["value_residual"])
+            return PageViews(Int4Keys(codes, residual, bounds), values, bounds, None)
         kv = parts["kv"]
         return PageViews(*self.split(kv), bounds, kv)
 

@@ -8,7 +8,7 @@ import torch
 from tests.backend.harness import BLOCK_SIZE, HEADS, KV_HEADS, SCALE, Engine, inputs
 from vllm_quest.backend.cpu import QuestCPUBackend
 from vllm_quest.backend.workspace import take_turns
-from vllm_quest.kernels.reference_int4 import dequantized, filling_keys
+from vllm_quest.kernels.reference_int4 import dequantized, filling_pages
 
 PAGE_SIZE = 8
 DENSE = {"token_budget": None, "page_size": PAGE_SIZE}
@@ -27,13 +27,14 @@ def stored(engine: Engine, layer: int, request: int) -> tuple[torch.Tensor, torc
 
 
 def decoded(engine: Engine, layer: int, request: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `stored`, but as decoding reads them: K of the page being filled from 8 bits."""
+    """As `stored`, but as decoding reads them: the page being filled from 8 bits."""
     keys, values = stored(engine, layer, request)
     pages = engine.builder.layout.views(engine.caches[layer])
     table, seq_lens = engine.tables[request][None], torch.tensor([len(keys)])
     first = (len(keys) - 1) // PAGE_SIZE * PAGE_SIZE
-    last = filling_keys(pages.key, table, seq_lens)[0].transpose(0, 1)  # [S, H, D]
-    return torch.cat((keys[:first], last[: len(keys) - first])), values
+    last = filling_pages(pages.key, pages.value, table, seq_lens)  # [1, H, S, D] each
+    last_keys, last_values = (part[0].transpose(0, 1)[: len(keys) - first] for part in last)
+    return torch.cat((keys[:first], last_keys)), torch.cat((values[:first], last_values))
 
 
 def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

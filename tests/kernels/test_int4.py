@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,20 +11,20 @@ from hypothesis import strategies as st
 from tests.kernels.cache import PagedCache
 from tests.kernels.test_operations import IMPLEMENTATIONS, STEPS_WITH_DRAFTS, run_steps
 from vllm_quest.kernels.reference_bounds import read_bounds
-from vllm_quest.kernels.reference_int4 import dequantized, key_steps
+from vllm_quest.kernels.reference_int4 import dequantized, filling_pages, key_steps, unpack
 from vllm_quest.layout import PageViews
 
 HEADS, DIM, BLOCK = 2, 64, 64
-FORMATS = [(8, "int8"), (16, "int8"), (16, "auto")]  # page size, bounds
-EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f[0]}-{f[1]}")
+FORMATS = [(8, "int8", 1), (16, "int8", 1), (16, "auto", 2)]  # page size, bounds, groups of V
+EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f[0]}-{f[1]}-{f[2]}")
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 RANDOM = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
-def new_cache(format: tuple[int, str], seed: int = 0) -> PagedCache:
-    page_size, bounds = format
+def new_cache(format: tuple[int, str, int], seed: int = 0) -> PagedCache:
+    page_size, bounds, value_groups = format
     return PagedCache(
         num_blocks=16,
         num_kv_heads=HEADS,
@@ -33,6 +34,7 @@ def new_cache(format: tuple[int, str], seed: int = 0) -> PagedCache:
         seed=seed,
         kv_dtype="int4",
         metadata_dtype=bounds,
+        value_groups=value_groups,
     )
 
 
@@ -47,6 +49,19 @@ def write(ops, views: PageViews, key: torch.Tensor, chunks: list[int], start: in
 def stored(views: PageViews, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of the first tokens as they are read, ``[T, H, D]`` each."""
     return tuple(part.movedim(1, 2).flatten(0, 1)[:tokens] for part in dequantized(views.key, views.value))
+
+
+def last_values(views: PageViews, blocks: list[int], tokens: int, page_size: int) -> torch.Tensor:
+    """V of a context's last page as attention reads it, ``[tokens in it, H, D]``."""
+    table, length = torch.tensor([blocks], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    _, values = filling_pages(views.key, views.value, table, length)
+    return values[0].transpose(0, 1)[: (tokens - 1) % page_size + 1]
+
+
+def value_steps(views: PageViews) -> torch.Tensor:
+    """The step of the quantizer of V, ``[B, H, N, D]``."""
+    scale = views.value.params.float()[..., 1]
+    return scale.repeat_interleave(DIM // scale.shape[-1], -1)
 
 
 def page_errors(views: PageViews, key: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -139,6 +154,15 @@ def test_bounds_hold_and_errors_stay_small_under_any_history(format, ops, steps,
             assert (kmax >= key - slack).all()
             # Half a step, and once more where a rejected draft of the next page took the residual.
             assert ((keys[block, :, token] - key).abs() <= 1.2 * step[block, :, token] + 1e-6).all()
+        first = (len(context.keys) - 1) // format[0] * format[0]
+        if first < 0:
+            continue
+        # A residual that is another page's, or older than its token, would add half a step.
+        read = last_values(cache.pages, context.blocks, len(context.keys), format[0])
+        place = first % BLOCK + torch.arange(len(read))
+        limit = 0.55 * value_steps(cache.pages)[context.blocks[first // BLOCK], :, place].transpose(0, 1)
+        written = torch.from_numpy(np.stack(context.values[first:])).float()
+        assert ((read - written).abs() <= limit + 1e-6).all()
 
 
 @EVERY_FORMAT
@@ -151,9 +175,9 @@ def test_a_block_forgets_its_previous_owner(format, ops) -> None:
     for cache in (reused, fresh):
         write(ops, cache.pages, key, [5, 1, 14, 1])
     pages = -(-21 // format[0])
-    for part in (0, 1):  # codes of K, then the residual
-        written = slice(0, pages) if part == 0 else slice(None)
-        assert torch.equal(reused.pages.key[part][0, :, written], fresh.pages.key[part][0, :, written])
+    assert torch.equal(reused.pages.key.codes[0, :, :pages], fresh.pages.key.codes[0, :, :pages])
+    assert torch.equal(reused.pages.key.residual[0], fresh.pages.key.residual[0])
+    assert torch.equal(reused.pages.value.residual[0], fresh.pages.value.residual[0])
     assert torch.equal(reused.pages.bounds.values[0, :, :pages], fresh.pages.bounds.values[0, :, :pages])
     assert torch.equal(stored(reused.pages, 21)[1], stored(fresh.pages, 21)[1])
 
@@ -172,33 +196,63 @@ def test_the_residual_of_another_page_is_not_used(format, ops) -> None:
     assert (residual[:, -1] >> 4 == 0).all()
     error = (stored(cache.pages, size - 3)[0] - key[: size - 3]).abs()
     assert (error <= 1.1 * steps_of(cache.pages, size - 3, size) + 1e-6).all()
+    fractions = unpack(cache.pages.value.residual[0])
+    assert (fractions[:, : size - 3] == 8).all()
+    values = last_values(cache.pages, [0], size - 2, size)
+    assert torch.equal(values[:-1], stored(cache.pages, size - 3)[1])
+    limit = value_steps(cache.pages)[0, :, size - 3] / 30
+    assert ((values[-1] - accepted[-1]).abs() <= limit + 1e-6).all()
 
 
 @EVERY_FORMAT
 @EVERY_IMPLEMENTATION
-def test_attention_reads_the_residual_of_the_last_page(format, ops) -> None:
-    """The page that is being filled has keys of 8 bits; of 4 when a rejected draft took the residual."""
+@pytest.mark.parametrize("chunks", [[1] * 19, [3, 14, 1, 1], [19]], ids=str)
+def test_values_of_the_page_being_filled_have_8_bits(format, ops, chunks) -> None:
+    """From its first token to its last; of the pages before it, 4 bits are read."""
+    cache, size, tokens = new_cache(format), format[0], 0
+    value = torch.randn(19, HEADS, DIM, generator=torch.Generator().manual_seed(8))
+    for part in value.split(chunks):
+        write(ops, cache.pages, part, [len(part)], start=tokens)
+        tokens += len(part)
+        first = (tokens - 1) // size * size
+        read = last_values(cache.pages, [0], tokens, size)
+        limit = value_steps(cache.pages)[0, :, first:tokens].transpose(0, 1) / 30
+        assert ((read - value[first:tokens]).abs() <= limit + 1e-6).all()
+    assert not torch.equal(read, stored(cache.pages, tokens)[1][first:])
+
+
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+def test_attention_reads_the_residuals_of_the_last_page(format, ops) -> None:
+    """The page that is being filled has K and V of 8 bits; of 4 when a rejected draft took the residuals."""
     cache, size = new_cache(format), format[0]
     views, tokens = cache.pages, 2 * size - 1
-    key = torch.randn(tokens + 2, HEADS, DIM, generator=torch.Generator().manual_seed(6))
+    key, value = torch.randn(2, tokens + 2, HEADS, DIM, generator=torch.Generator().manual_seed(6))
     query = torch.randn(1, HEADS, DIM, generator=torch.Generator().manual_seed(7))
     table, length = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
 
-    def outputs(keys: torch.Tensor) -> torch.Tensor:
+    def store(first: int, last: int) -> None:
+        slots = torch.arange(first, last)
+        ops.store(key[first:last], value[first:last], views.key, views.value, views.bounds, slots)
+
+    def outputs(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         logits = torch.einsum("hd,thd->ht", query[0], keys) * DIM**-0.5
-        return torch.einsum("ht,thd->hd", logits.softmax(-1), stored(views, tokens)[1])
+        return torch.einsum("ht,thd->hd", logits.softmax(-1), values)
 
     def attend() -> torch.Tensor:
         return ops.attend_pages(query, views.key, views.value, table, length, None, size, DIM**-0.5)[0]
 
-    write(ops, views, key[:tokens], [size, size - 1])
-    first, _ = stored(views, size)
-    exact = outputs(torch.cat([first, key[size:tokens]]))
-    coarse = outputs(stored(views, tokens)[0])
-    assert (attend() - exact).abs().max() < (coarse - exact).abs().max() / 4
-    write(ops, views, key[tokens:], [2], start=tokens)
-    coarse = outputs(stored(views, tokens)[0])
-    torch.testing.assert_close(attend(), coarse, rtol=1e-5, atol=1e-5)
+    store(0, size)
+    store(size, tokens)
+    coarse = stored(views, tokens)
+    fine = [
+        torch.cat([part[:size], whole[size:tokens]]) for part, whole in zip(coarse, (key, value), strict=True)
+    ]
+    exact, error = outputs(*fine), (attend() - outputs(*fine)).abs().max()
+    assert error < (outputs(coarse[0], fine[1]) - exact).abs().max() / 4  # without that of K
+    assert error < (outputs(fine[0], coarse[1]) - exact).abs().max() / 4  # without that of V
+    store(tokens, tokens + 2)
+    torch.testing.assert_close(attend(), outputs(*stored(views, tokens)), rtol=1e-5, atol=1e-5)
 
 
 EXTREMES = {

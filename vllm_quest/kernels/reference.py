@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from vllm_quest.kernels.reference_bounds import read_bounds, write_bounds
-from vllm_quest.kernels.reference_int4 import dequantize_blocks, dequantized, filling_keys, store_int4
+from vllm_quest.kernels.reference_int4 import dequantize_blocks, dequantized, filling_pages, store_int4
 from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, PageBounds, ValueCache
 
 __all__ = ["attend_pages", "dequantize_blocks", "score_pages", "select_pages", "store"]
@@ -158,7 +158,7 @@ def attend_pages(
     no channel does the output move by more than n * e^-t of the range of V there. A compiled kernel compares
     with the largest share that it has met so far; it keeps these tokens and perhaps more, so the bound holds.
 
-    Of 4-bit pages, the last one of a row is read with the residual that it has while it is being filled.
+    Of 4-bit pages, the last one of a row is read with the residuals that it has while it is being filled.
 
     Args:
         query: ``[R, Hq, D]``.
@@ -176,9 +176,9 @@ def attend_pages(
     Returns:
         ``[R, Hq, D]`` in the query's dtype; computed in float32.
     """
-    last_keys = None
+    filling = None
     if isinstance(key_cache, Int4Keys) and isinstance(value_cache, Int4Values):
-        last_keys = filling_keys(key_cache, block_table, seq_lens)
+        filling = filling_pages(key_cache, value_cache, block_table, seq_lens)
         key_cache, value_cache = dequantized(key_cache, value_cache)
     assert isinstance(key_cache, torch.Tensor)
     assert isinstance(value_cache, torch.Tensor)
@@ -201,11 +201,14 @@ def attend_pages(
     blocks = block_table.long().gather(1, (tokens // block_size).flatten(1)).view_as(tokens)
     heads = torch.arange(num_kv_heads)[:, None]
     keys = key_cache[blocks, heads, tokens % block_size].float()  # [R, H, K * page_size, D]
-    if last_keys is not None:
-        in_last = tokens // page_size == (seq_lens[:, None, None] - 1) // page_size
-        rows_of = torch.arange(rows)[:, None, None]
-        keys = torch.where(in_last[..., None], last_keys[rows_of, heads, tokens % page_size], keys)
     values = value_cache[blocks, heads, tokens % block_size].float()
+    if filling is not None:
+        in_last = (tokens // page_size == (seq_lens[:, None, None] - 1) // page_size)[..., None]
+        place = torch.arange(rows)[:, None, None], heads, tokens % page_size
+        keys, values = (
+            torch.where(in_last, fine[place], coarse)
+            for fine, coarse in zip(filling, (keys, values), strict=True)
+        )
     q = query.float().view(rows, num_kv_heads, num_heads // num_kv_heads, head_size)
     read = visible.flatten(2)[:, :, None]
     logits = (q @ keys.mT * scale).masked_fill(~read, -torch.inf)

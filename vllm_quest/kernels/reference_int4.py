@@ -12,11 +12,12 @@ import torch
 from vllm_quest.kernels.reference_bounds import TINY, read_bounds, round_down, round_up, write_bounds
 from vllm_quest.layout import Int4Keys, Int4Values
 
-__all__ = ["dequantize_blocks", "dequantized", "filling_keys", "store_int4"]
+__all__ = ["dequantize_blocks", "dequantized", "filling_pages", "store_int4"]
 
 LARGEST = torch.finfo(torch.bfloat16).max  # what larger elements, infinite ones too, are stored as
 STEPS = 15  # of a 4-bit code
 FINE = 16  # an 8-bit code counts sixteenths of such a step, from half a step below zero: 16 * k + 8
+NO_FRACTION = FINE // 2  # the low nibble of an 8-bit code that is exactly a 4-bit one
 
 
 def unpack(codes: torch.Tensor) -> torch.Tensor:
@@ -52,9 +53,10 @@ def store_int4(
     A page that is being filled has a range that grows. When it does, the tokens already there are quantized
     anew, from 8-bit codes: the high nibble is the page's 4-bit code, the low one lies in the block's
     residual. So a token's error is that of one 4-bit quantization plus, each time the range grows, one of 8
-    bits. A block has one residual: that of the page that was written last. The page's number stands where the
-    residual of its last token would, which is never needed: with that token the page is full. Bounds of a
-    page that goes on are widened, not recomputed: a rejected draft stays in them until the page starts anew.
+    bits. V has a range per token, and a residual for attention only, which reads both. A block has one
+    residual of each: that of the page that was written last. The page's number stands where K's residual of
+    its last token would, which is never needed: with that token the page is full. Bounds of a page that goes
+    on are widened, not recomputed: a rejected draft stays in them until the page starts anew.
 
     Args:
         key: ``[T, H, D]``, the model's dtype.
@@ -78,47 +80,116 @@ def store_int4(
     is_new = torch.zeros(len(pages), page_size, dtype=torch.bool)
     is_new[owner, slots % page_size] = True
     is_new = is_new[:, None, :, None]
+    owns_residual = torch.cat(
+        (block[1:] != block[:-1], torch.tensor([True]))
+    )  # from now on; pages are sorted
 
     def by_page(tokens: torch.Tensor) -> torch.Tensor:
         placed = tokens.new_zeros(len(pages), page_size, *tokens.shape[1:])
         placed[owner, slots % page_size] = tokens[real]
         return placed.float().clamp(-LARGEST, LARGEST).transpose(1, 2)  # [pages, H, S, D]
 
-    new_keys = by_page(key)
-    old_keys = _fine_keys(key_cache, block, page)
+    had_residual = _has_residual(key_cache, block, page)
+    _store_keys(by_page(key), key_cache, block, page, is_older, is_new, had_residual, owns_residual)
+    _store_values(by_page(value), value_cache, block, page, is_older & had_residual, is_new, owns_residual)
+
+
+def _store_keys(
+    new_keys: torch.Tensor,
+    key_cache: Int4Keys,
+    block: torch.Tensor,
+    page: torch.Tensor,
+    is_older: torch.Tensor,
+    is_new: torch.Tensor,
+    had_residual: torch.Tensor,
+    owns_residual: torch.Tensor,
+) -> None:
+    """`new_keys` of n pages, ``[n, H, S, D]``, beside the older ones, which are quantized anew."""
+    old_keys = _fine_keys(key_cache, block, page, had_residual)
     kmin = new_keys.masked_fill(~is_new, torch.inf).amin(2)
     kmax = new_keys.masked_fill(~is_new, -torch.inf).amax(2)
-    write_bounds(key_cache.bounds, block, page, kmin, kmax, goes_on=first > 0)
+    write_bounds(key_cache.bounds, block, page, kmin, kmax, goes_on=is_older.any(2).flatten())
 
-    zero, step = _page_steps(key_cache, block, page)
     keys = torch.where(is_older, old_keys, new_keys).masked_fill(~(is_older | is_new), 0)
-    fine = ((keys - zero) * (inverse(step) * FINE)).round().clamp(0, STEPS * FINE) + FINE // 2
-    fine = fine.to(torch.uint8)
+    fine = _fine_codes(keys, *_page_steps(key_cache, block, page))
     key_cache.codes[block, :, page] = pack(fine >> 4)
     residual = fine & 15
     residual[:, :, -1] = (page % FINE)[:, None, None].byte()
-    is_last = torch.cat((block[1:] != block[:-1], torch.tensor([True])))  # pages are sorted
-    key_cache.residual[block[is_last]] = pack(residual[is_last])
+    key_cache.residual[block[owns_residual]] = pack(residual[owns_residual])
 
-    codes, params = _quantize_values(by_page(value), value_cache.params.shape[3])
+
+def _store_values(
+    new_values: torch.Tensor,
+    value_cache: Int4Values,
+    block: torch.Tensor,
+    page: torch.Tensor,
+    has_fraction: torch.Tensor,
+    is_new: torch.Tensor,
+    owns_residual: torch.Tensor,
+) -> None:
+    """`new_values` of n pages, ``[n, H, S, D]``, beside the older ones, which stay as they are."""
+    groups = value_cache.params.shape[3]
+    grouped = new_values.unflatten(-1, (groups, -1))
+    zero = round_down(grouped.amin(-1), torch.bfloat16)
+    scale = round_up(grouped.amax(-1) / STEPS - zero.float() / STEPS, torch.bfloat16)
+    fine = _fine_codes(grouped, zero.float()[..., None], scale.float()[..., None]).flatten(-2)
     kept = unpack(value_cache.codes[block, :, page])
-    value_cache.codes[block, :, page] = pack(torch.where(is_new, codes, kept))
-    token = slots // page_size % pages_per_block * page_size + slots % page_size
-    value_cache.params[slots // page_size // pages_per_block, :, token] = params[owner, :, slots % page_size]
+    value_cache.codes[block, :, page] = pack(torch.where(is_new, fine >> 4, kept))
+    kept = unpack(value_cache.residual[block]).where(has_fraction, NO_FRACTION)
+    residual = torch.where(is_new, fine & 15, kept)
+    value_cache.residual[block[owns_residual]] = pack(residual[owns_residual])
+    params = value_cache.params.unflatten(2, (-1, is_new.shape[2]))  # [B, H, P, S, G, 2]
+    params[block, :, page] = torch.where(
+        is_new[..., None], torch.stack((zero, scale), -1), params[block, :, page]
+    )
 
 
-def _fine_keys(key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+def _has_residual(key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+    """Whether the residuals of K and V are those of n pages, ``[n, H, 1, 1]``."""
+    owner = key_cache.residual[block, :, -1:, :1] >> 4
+    return owner == (page % FINE)[:, None, None, None]
+
+
+def _fine_codes(elements: torch.Tensor, zero: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """8-bit codes, uint8: the 4-bit code, and in the low nibble sixteenths of a step from -8 on."""
+    fine = ((elements - zero) * (inverse(step) * FINE)).round().clamp(0, STEPS * FINE) + NO_FRACTION
+    return fine.to(torch.uint8)
+
+
+def _fractions(residual: torch.Tensor) -> torch.Tensor:
+    """What the low nibbles add to 4-bit codes."""
+    return (residual.float() - NO_FRACTION) / FINE
+
+
+def _fine_keys(
+    key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor, has_residual: torch.Tensor
+) -> torch.Tensor:
     """The keys in n pages, ``[n, H, S, D]``, from 8 bits where the block's residual is the page's.
 
     The last token of a page, in whose place the page's number stands, has 4 bits always.
     """
     code = unpack(key_cache.codes[block, :, page]).float()
-    residual = unpack(key_cache.residual[block])
-    belongs = residual[:, :, -1:] == (page % FINE)[:, None, None, None]
-    fraction = torch.where(belongs, residual.float() - FINE // 2, 0) / FINE
+    fraction = torch.where(has_residual, _fractions(unpack(key_cache.residual[block])), 0)
     fraction[:, :, -1] = 0
     zero, step = _page_steps(key_cache, block, page)
     return zero + step * (code + fraction)
+
+
+def _fine_values(
+    value_cache: Int4Values, block: torch.Tensor, page: torch.Tensor, has_residual: torch.Tensor
+) -> torch.Tensor:
+    """V in n pages, as `_fine_keys`; the last token of a page has a residual too."""
+    code = unpack(value_cache.codes[block, :, page]).float()
+    fraction = torch.where(has_residual, _fractions(unpack(value_cache.residual[block])), 0)
+    params = value_cache.params.unflatten(2, (-1, code.shape[2]))
+    return _values(code + fraction, params[block, :, page])
+
+
+def _values(codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """V, ``[..., D]``, from codes in float32 and zero points and scales ``[..., G, 2]``."""
+    zero, scale = params.float().unbind(-1)
+    grouped = codes.unflatten(-1, (zero.shape[-1], -1))
+    return (zero[..., None] + scale[..., None] * grouped).flatten(-2)
 
 
 def _page_steps(
@@ -128,30 +199,29 @@ def _page_steps(
     return key_steps(read_bounds(key_cache.bounds, block)[torch.arange(len(block)), :, page])
 
 
-def _quantize_values(values: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, ``[..., D]`` uint8, and zero points and scales, ``[..., G, 2]`` bfloat16, of ``[..., D]``."""
-    grouped = values.unflatten(-1, (groups, -1))
-    zero = round_down(grouped.amin(-1), torch.bfloat16)
-    scale = round_up(grouped.amax(-1) / STEPS - zero.float() / STEPS, torch.bfloat16)
-    codes = (grouped - zero.float()[..., None]) * inverse(scale.float())[..., None]
-    return codes.round().clamp(0, STEPS).byte().flatten(-2), torch.stack((zero, scale), -1)
-
-
-def filling_keys(key_cache: Int4Keys, block_table: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-    """The keys of every row's last page as attention reads them: from 8 bits where it has the residual.
+def filling_pages(
+    key_cache: Int4Keys, value_cache: Int4Values, block_table: torch.Tensor, seq_lens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of every row's last page as attention reads them: from 8 bits where it has the residual.
 
     Args:
         key_cache: 4-bit codes.
+        value_cache: Likewise.
         block_table: ``[R, M]`` int32, the row's blocks in order.
         seq_lens: ``[R]`` int32, at least 1.
 
     Returns:
-        ``[R, H, S, D]`` float32.
+        ``[R, H, S, D]`` float32 each; garbage where no token was stored.
     """
     pages_per_block, half = key_cache.codes.shape[2:4]
     last = (seq_lens.long() - 1) // (2 * half)
     block = block_table.long().gather(1, last[:, None] // pages_per_block)[:, 0]
-    return _fine_keys(key_cache, block, last % pages_per_block)
+    page = last % pages_per_block
+    has_residual = _has_residual(key_cache, block, page)
+    return (
+        _fine_keys(key_cache, block, page, has_residual),
+        _fine_values(value_cache, block, page, has_residual),
+    )
 
 
 def dequantized(key_cache: Int4Keys, value_cache: Int4Values) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,9 +232,7 @@ def dequantized(key_cache: Int4Keys, value_cache: Int4Values) -> tuple[torch.Ten
     zero, step = key_steps(read_bounds(key_cache.bounds, torch.arange(len(key_cache.codes))))
     keys = zero + step * unpack(key_cache.codes).float()
     codes = unpack(value_cache.codes).flatten(2, 3).float()  # [B, H, N, D]
-    zero, scale = value_cache.params.float().unbind(-1)  # each [B, H, N, G]
-    values = zero[..., None] + scale[..., None] * codes.unflatten(-1, (zero.shape[-1], -1))
-    return keys.flatten(2, 3), values.flatten(-2)
+    return keys.flatten(2, 3), _values(codes, value_cache.params)
 
 
 def dequantize_blocks(

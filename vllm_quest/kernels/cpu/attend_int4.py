@@ -310,5 +310,5 @@ def kernel_for_int4(
     kernel = attend_int4_kernel(
         query_dtype, bounds_dtype, head_size, group, groups, page_size, pages_per_block, skips
     )
-    caches = (key_cache.codes, key_cache.residual, *value_cache)
+    caches = (key_cache.codes, key_cache.residual, value_cache.codes, value_cache.params)
     return kernel, (*addresses_of(*caches), *bound_addresses(key_cache.bounds))

@@ -163,7 +163,7 @@ def dequantize_blocks(
     kernel = dequantize_kernel(dtype, bounds_dtype, head_size, groups, 2 * half, block_size)
     threads, counter = use_torch_threads(), new_counter()
     kernel(
-        threads, counter.ctypes.data, *addresses_of(key_cache.codes, *value_cache),
+        threads, counter.ctypes.data, *addresses_of(key_cache.codes, value_cache.codes, value_cache.params),
         *bound_addresses(key_cache.bounds), *addresses_of(key_out, value_out), blocks.data_ptr(),
         num_tokens.data_ptr(), count, kv_heads,
     )  # fmt: skip

@@ -154,6 +154,7 @@ def check_int4(key_cache: Int4Keys, value_cache: Int4Values) -> tuple[int, ...]:
         "key_cache": (codes, (blocks, heads, pages, half, dim), (half * dim, 1, half)),
         "key_cache.residual": (residual, (blocks, heads, half, dim), (1, half)),
         "value_cache": (value_cache.codes, (blocks, heads, pages, half, dim), (half * dim, dim, 1)),
+        "value_cache.residual": (value_cache.residual, (blocks, heads, half, dim), (dim, 1)),
     }
     for name, (tensor, shape, strides) in expected.items():
         if tensor.dtype != torch.uint8 or tensor.shape != shape or tensor.stride()[2:] != strides or dim % 16:

@@ -269,6 +269,6 @@ def store_int4(
     kernel(
         threads, counter.ctypes.data, key.data_ptr(), key.stride(0), key.stride(1), value.data_ptr(),
         value.stride(0), value.stride(1),
-        *addresses_of(key_cache.codes, key_cache.residual, *value_cache),
+        *addresses_of(key_cache.codes, key_cache.residual, value_cache.codes, value_cache.params),
         *bound_addresses(key_cache.bounds), slot_mapping.data_ptr(), tokens, kv_heads, chunks,
     )  # fmt: skip
