@@ -1,8 +1,6 @@
 """`attend_pages` over int4 pages, compiled: codes are unpacked in registers, once for a group of query heads.
 
-The query takes up the parameters of K, ``zero + step * code``: q . k is q . zero plus (q * step) . code. The
-weights take up those of V, ``zero + scale * code``, per group of channels: p * scale, and the sum of p *
-zero. The page that is being filled has a residual, which counts sixteenths of a step from -8.
+Queries and weights take up the parameters of K and V (`folding`), so what is left is products with codes.
 """
 
 from __future__ import annotations
@@ -14,7 +12,13 @@ from functools import cache
 import numpy as np
 from numba import njit, prange
 
-from vllm_quest.kernels import reference_int4
+from vllm_quest.kernels.cpu.folding import (
+    fold_key_residual,
+    fold_keys,
+    fold_value_residual,
+    fold_values,
+    forget_tag,
+)
 from vllm_quest.kernels.cpu.launch import (
     CACHE_LINE,
     INSTRUCTIONS,
@@ -30,8 +34,6 @@ from vllm_quest.kernels.cpu.launch import (
 from vllm_quest.kernels.cpu.memory import (
     advance,
     get,
-    load,
-    load_like,
     load_tile,
     next_item,
     page_start,
@@ -42,13 +44,13 @@ from vllm_quest.kernels.cpu.memory import (
     store,
 )
 from vllm_quest.kernels.cpu.nibbles import (
-    load_words,
+    has_residual,
     multiply_add_keys,
     multiply_add_values,
     splat_rows,
     store_halves,
 )
-from vllm_quest.kernels.cpu.simd import add, first_lanes, multiply, splat, subtract, sum_tile, zeros
+from vllm_quest.kernels.cpu.simd import add, zeros
 from vllm_quest.kernels.cpu.softmax import (
     begin,
     hide,
@@ -66,58 +68,6 @@ from vllm_quest.layout import Int4Keys, Int4Values
 __all__ = ["kernel_for_int4"]
 
 LANES = 16
-STEP = np.float32(1 / reference_int4.STEPS)
-PAGE_TAGS = reference_int4.FINE
-PART = np.float32(1 / reference_int4.FINE)  # of a step, in which a residual counts
-NO_PART = np.float32(reference_int4.FINE // 2)  # the residual of a key that its 4-bit code hits
-
-
-@njit(error_model="numpy")
-def fold_keys(q, group, head_size, bounds, pair, coded, steps, zero_logits):
-    """The queries times each channel's step, and their products with the zero points of one page."""
-    for g in range(group):
-        total = zeros(1, 1, LANES)
-        for channel in range(0, head_size, LANES):
-            zero = load(advance(bounds, channel), LANES)
-            top = load(advance(bounds, head_size + channel), LANES)
-            if coded:
-                offset, scale = splat(get(pair, 0), LANES), splat(get(pair, 1), LANES)
-                zero, top = add(offset, multiply(scale, zero)), add(offset, multiply(scale, top))
-            # Each by itself: their difference may be beyond float32.
-            step = subtract(multiply(top, splat(STEP, LANES)), multiply(zero, splat(STEP, LANES)))
-            part = load(advance(q, g * head_size + channel), LANES)
-            store(advance(steps, g * head_size + channel), 0, multiply(part, step))
-            total = add(total, multiply(part, zero))
-        put(zero_logits, g, sum_tile(total))
-
-
-@njit(error_model="numpy")
-def fold_residual(steps, group, head_size, parts, zero_logits, no_parts):
-    """The parts of the steps that residuals count, and what a residual of 8, which is none, would add."""
-    for g in range(group):
-        total = zeros(1, 1, LANES)
-        for channel in range(g * head_size, (g + 1) * head_size, LANES):
-            part = multiply(load(advance(steps, channel), LANES), splat(PART, LANES))
-            store(advance(parts, channel), 0, part)
-            total = add(total, part)
-        put(no_parts, g, sum_tile(total) * NO_PART)
-        put(zero_logits, g, get(zero_logits, g) - get(no_parts, g))
-
-
-@njit(error_model="numpy")
-def fold_values(
-    weights, stride, group, params, value_group, groups, page_size, seen, folded, zero_sums, like, lanes
-):
-    """A page's weights times the scales of one group of channels, and adds the weights times zero points."""
-    for token in range(0, page_size, lanes):
-        pairs = advance(params, 2 * (token * groups + value_group))
-        # What was never written may be NaN.
-        zero = first_lanes(load_words(pairs, groups, False, like), seen - token, np.float32(0))
-        scale = first_lanes(load_words(pairs, groups, True, like), seen - token, np.float32(0))
-        for g in range(group):
-            weight = load_like(advance(weights, g * stride + token), like)
-            store(advance(folded, g * stride + token), 0, multiply(weight, scale))
-            put(zero_sums, g, get(zero_sums, g) + sum_tile(multiply(weight, zero)))
 
 
 @cache
@@ -150,16 +100,17 @@ def attend_int4_kernel(
     token_lanes = min(LANES, page_size)
     tile_tokens = max(TILE_TOKENS, page_size)
     tile_pages = tile_tokens // page_size
-    weights_size = group * tile_tokens
+    weights_size, fine_size = group * tile_tokens, group * page_size
     partial_size = group * (head_size + 2)
 
     @njit(**KERNEL_OPTIONS)
     def kernel(
-        threads, counter, query, query_row, query_head, key_codes, key_block, key_head, residual,
-        residual_block, residual_head, value_codes, value_block, value_head, value_params, value_params_block,
-        value_params_head, bounds, bounds_block, bounds_head, params, params_block, params_head, block_table,
-        table_row, seq_lens, page_indices, index_row, index_head, budget, min_context, partial, out, rows,
-        kv_heads, chunks, scale_log2, farthest,
+        threads, counter, query, query_row, query_head, key_codes, key_block, key_head, key_residual,
+        key_residual_block, key_residual_head, value_codes, value_block, value_head, value_params,
+        value_params_block, value_params_head, value_residual, value_residual_block, value_residual_head,
+        bounds, bounds_block, bounds_head, params, params_block, params_head, block_table, table_row,
+        seq_lens, page_indices, index_row, index_head, budget, min_context, partial, out, rows, kv_heads,
+        chunks, scale_log2, farthest,
     ):  # fmt: skip
         build  # noqa: B018
         for _ in prange(threads):
@@ -168,6 +119,7 @@ def attend_int4_kernel(
             tops, sums = stack("float32", group), stack("float32", group)
             zero_sums, no_parts = stack("float32", group), stack("float32", group)
             weights, folded = stack("float32", weights_size), stack("float32", weights_size)
+            fine_weights = stack("float32", fine_size)
             nearness = stack("float32", tile_tokens)
             limit = np.float32(farthest)
             like = zeros(1, 1, token_lanes)
@@ -180,7 +132,8 @@ def attend_int4_kernel(
                 seq_len = get(pointer(seq_lens, "int32"), row)
                 table = advance(pointer(block_table, "int32"), row * table_row)
                 keys = advance(pointer(key_codes, "uint8"), head * key_head)
-                rests = advance(pointer(residual, "uint8"), head * residual_head)
+                key_rests = advance(pointer(key_residual, "uint8"), head * key_residual_head)
+                value_rests = advance(pointer(value_residual, "uint8"), head * value_residual_head)
                 values = advance(pointer(value_codes, "uint8"), head * value_head)
                 words = advance(pointer(value_params, "bfloat16"), head * value_params_head)
                 limits = advance(pointer(bounds, bounds_dtype), head * bounds_head)
@@ -193,6 +146,7 @@ def attend_int4_kernel(
                 first, last = pages * chunk // chunks, pages * (chunk + 1) // chunks
                 for start in range(first, last, tile_pages):
                     count = min(tile_pages, last - start)
+                    fine = -1  # the page of this tile that has a residual
                     for i in range(count):
                         page = page_at(indices, start + i, every)
                         seen = visible_tokens(page, page_size, seq_len)
@@ -215,18 +169,17 @@ def attend_int4_kernel(
                             pair = page_start(pairs, params_block, table, page, pages_per_block, 2)
                             fold_keys(q, group, head_size, page_bounds, pair, coded, steps, zero_sums)
                             # A block has one, wherever its page is; only the context's last page reads it.
-                            rest, tag = page_start(rests, residual_block, table, page, pages_per_block, 0), -1
-                            if (page + 1) * page_size >= seq_len:
-                                tag = int(get(rest, half - 1)) // PAGE_TAGS
-                            is_fine = tag == page % pages_per_block % PAGE_TAGS
-                            if is_fine:
-                                fold_residual(steps, group, head_size, parts, zero_sums, no_parts)
+                            rest = page_start(key_rests, key_residual_block, table, page, pages_per_block, 0)
+                            place = page % pages_per_block
+                            if (page + 1) * page_size >= seq_len and has_residual(rest, half, place):
+                                fine = i
+                                fold_key_residual(steps, group, head_size, parts, zero_sums, no_parts)
                             for byte in range(0, half, key_step):
                                 tile = splat_rows(zero_sums, group, key_cols, key_lanes)
                                 for channel in range(head_size):
                                     codes = advance(key, channel * half + byte)
                                     tile = multiply_add_keys(tile, advance(steps, channel), head_size, codes)
-                                if is_fine:
+                                if fine == i:
                                     for channel in range(head_size):
                                         codes = advance(rest, channel * half + byte)
                                         tile = multiply_add_keys(
@@ -234,11 +187,9 @@ def attend_int4_kernel(
                                         )
                                 target = advance(weights, i * page_size + byte)
                                 store_halves(target, tile_tokens, half, tile)
-                            if is_fine:  # where the tag stands, there is no residual
-                                for g in range(group):
-                                    token = g * tile_tokens + (i + 1) * page_size - 1
-                                    no_part = get(no_parts, g) * (np.float32(1) - np.float32(tag) / NO_PART)
-                                    put(weights, token, get(weights, token) + no_part)
+                            if fine == i:
+                                last_token = advance(weights, (i + 1) * page_size - 1)
+                                forget_tag(last_token, tile_tokens, group, place, no_parts)
                         hide(weights, tile_tokens, group, i * page_size + seen, (i + 1) * page_size)
                     tokens = (count * page_size + LANES - 1) // LANES * LANES
                     hide(weights, tile_tokens, group, count * page_size, tokens)
@@ -261,6 +212,11 @@ def attend_int4_kernel(
                                     value_group, groups, page_size, seen, advance(folded, i * page_size),
                                     zero_sums, like, token_lanes,
                                 )  # fmt: skip
+                        if fine >= 0:
+                            fold_value_residual(
+                                advance(folded, fine * page_size), tile_tokens, group, page_size,
+                                fine_weights, zero_sums, like, token_lanes,
+                            )  # fmt: skip
                         for channel in range(
                             value_group * group_size, (value_group + 1) * group_size, value_step
                         ):
@@ -269,6 +225,15 @@ def attend_int4_kernel(
                                 load_tile(target, head_size, group, value_cols, value_lanes),
                                 splat_rows(zero_sums, group, value_cols, value_lanes),
                             )
+                            if fine >= 0:
+                                page = page_at(indices, start + fine, every)
+                                rest = page_start(
+                                    value_rests, value_residual_block, table, page, pages_per_block, 0
+                                )
+                                for token in range(min(visible_tokens(page, page_size, seq_len), half)):
+                                    rests = advance(rest, token * head_size + channel)
+                                    weight = advance(fine_weights, token)
+                                    tile = multiply_add_values(tile, weight, page_size, half, rests)
                             for i in range(count):
                                 page = page_at(indices, start + i, every)
                                 seen = visible_tokens(page, page_size, seq_len)
@@ -310,5 +275,5 @@ def kernel_for_int4(
     kernel = attend_int4_kernel(
         query_dtype, bounds_dtype, head_size, group, groups, page_size, pages_per_block, skips
     )
-    caches = (key_cache.codes, key_cache.residual, value_cache.codes, value_cache.params)
+    caches = (key_cache.codes, key_cache.residual, *value_cache)
     return kernel, (*addresses_of(*caches), *bound_addresses(key_cache.bounds))

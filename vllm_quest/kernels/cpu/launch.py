@@ -27,10 +27,12 @@ TILE_TOKENS = 64  # tokens between two updates of a softmax's running maximum
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # Every kernel holds this as a free variable. Numba's cache on disk looks at the kernel's own file only; this
-# makes it notice a change of the instructions and functions that the kernel is written in.
-SHARED = ("bounds", "elements", "memory", "nibbles", "rounding", "runs", "simd", "softmax")
+# makes it notice a change of the instructions and functions that the kernel is written in, and of the
+# constants that it shares with the reference.
+SHARED = ("bounds", "elements", "folding", "memory", "nibbles", "rounding", "runs", "simd", "softmax")
+CONSTANTS = ("../reference_bounds", "../reference_int4")
 INSTRUCTIONS = hashlib.sha256(
-    b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in SHARED)
+    b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in SHARED + CONSTANTS)
 ).hexdigest()
 
 

@@ -1,14 +1,15 @@
-"""4-bit codes in the CPU kernels, two per byte, as numba intrinsics.
+"""4-bit codes in the CPU kernels, two per byte, as numba intrinsics, and whose the residuals of a block are.
 
-The first three work on bytes in float32, whole numbers that it holds exactly; the others unpack integers in
-registers on the way into a matrix product.
+The first three work on bytes in float32, whole numbers that it holds exactly; the other intrinsics unpack
+integers in registers on the way into a matrix product.
 """
 
 from __future__ import annotations
 
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
+from vllm_quest.kernels import reference_int4
 from vllm_quest.kernels.cpu.elements import (
     F32,
     I32,
@@ -22,9 +23,17 @@ from vllm_quest.kernels.cpu.elements import (
     split,
     write,
 )
+from vllm_quest.kernels.cpu.memory import get
 from vllm_quest.kernels.cpu.simd import add_outer, call
 
 BYTE = STORED_AS["uint8"]
+PAGE_TAGS = reference_int4.FINE
+
+
+@njit(error_model="numpy")
+def has_residual(key_residual, half, page):
+    """Whether the residuals of K and V in a block are those of its page `page`; K's is ``[D, S / 2]``."""
+    return int(get(key_residual, half - 1)) // PAGE_TAGS == page % PAGE_TAGS
 
 
 def high_half(builder, x):

@@ -45,7 +45,7 @@ from vllm_quest.kernels.cpu.memory import (
     stack,
 )
 from vllm_quest.kernels.cpu.memory import store as store_tile
-from vllm_quest.kernels.cpu.nibbles import high_nibbles, low_nibbles, packed
+from vllm_quest.kernels.cpu.nibbles import PAGE_TAGS, has_residual, high_nibbles, low_nibbles, packed
 from vllm_quest.kernels.cpu.rounding import bfloat16_above, bfloat16_below, min_lane, nearest
 from vllm_quest.kernels.cpu.runs import chunk_start, run_end
 from vllm_quest.kernels.cpu.simd import (
@@ -68,7 +68,7 @@ STEPS = np.float32(reference_int4.STEPS)
 FINE = np.float32(reference_int4.FINE)
 LARGEST = np.float32(reference_int4.LARGEST)
 TINY = np.float32(reference_int4.TINY)
-PAGE_TAGS = reference_int4.FINE
+NO_FRACTION = np.float32(reference_int4.NO_FRACTION)
 
 
 @njit(error_model="numpy")
@@ -80,15 +80,14 @@ def inverse(step):
 def older_key(code, residual, belongs, zero, step):
     """Keys from their codes, and from the residual where it is the page's."""
     if belongs:
-        eighths = subtract(residual, splat_like(FINE / np.float32(2), code))
-        code = add(code, multiply(eighths, splat_like(np.float32(1) / FINE, code)))
+        sixteenths = subtract(residual, splat_like(NO_FRACTION, code))
+        code = add(code, multiply(sixteenths, splat_like(np.float32(1) / FINE, code)))
     return add(splat_like(zero, code), multiply(splat_like(step, code), code))
 
 
 @njit(error_model="numpy")
-def read_older(codes, residual, tag, bounds, head_size, half, count, keys, like, lanes):
+def read_older(codes, residual, belongs, bounds, head_size, half, count, keys, like, lanes):
     """The first `count` keys of a page, and 0 behind them, to `keys`, ``[D, S]``."""
-    belongs = int(get(residual, half - 1)) // PAGE_TAGS == tag
     for channel in range(head_size):
         zero = get(bounds, channel)
         step = get(bounds, head_size + channel) / STEPS - zero / STEPS
@@ -103,16 +102,16 @@ def read_older(codes, residual, tag, bounds, head_size, half, count, keys, like,
 
 
 @njit(error_model="numpy")
-def fine_codes(keys, zero, fine_inverse):
+def fine_codes(elements, zero, fine_inverse):
     """8-bit codes, in sixteenths of a step."""
-    steps = multiply(subtract(keys, splat_like(zero, keys)), splat_like(fine_inverse, keys))
+    steps = multiply(subtract(elements, splat_like(zero, elements)), splat_like(fine_inverse, elements))
     whole = clamped(nearest(steps), np.float32(0), STEPS * FINE)
-    return add(whole, splat_like(FINE / np.float32(2), keys))
+    return add(whole, splat_like(NO_FRACTION, elements))
 
 
 @njit(error_model="numpy")
-def write_keys(codes, residual, writes_residual, tag, bounds, head_size, half, keys, like, lanes):
-    """Quantizes a page of keys, ``[D, S]``, with these bounds; the residual too, if it is this page's."""
+def write_keys(codes, residual, owns_residual, page, bounds, head_size, half, keys, like, lanes):
+    """Quantizes a page of keys, ``[D, S]``, with these bounds; the residual too, if it is now this page's."""
     for channel in range(head_size):
         zero = get(bounds, channel)
         step = get(bounds, head_size + channel) / STEPS - zero / STEPS
@@ -123,17 +122,36 @@ def write_keys(codes, residual, writes_residual, tag, bounds, head_size, half, k
             high = fine_codes(load_like(advance(source, half), like), zero, fine_inverse)
             code = packed(high_nibbles(low), high_nibbles(high))
             store_tile(advance(codes, channel * half + byte), 0, code)
-            if writes_residual:
+            if owns_residual:
                 rest = packed(low_nibbles(low), low_nibbles(high))
                 store_tile(advance(residual, channel * half + byte), 0, rest)
-        if writes_residual:
+        if owns_residual:
             last = advance(residual, channel * half + half - 1)
-            put(last, 0, np.float32(int(get(last, 0)) % PAGE_TAGS + tag * PAGE_TAGS))
+            put(last, 0, np.float32(int(get(last, 0)) % PAGE_TAGS + page % PAGE_TAGS * PAGE_TAGS))
 
 
 @njit(error_model="numpy")
-def write_value(value, codes, params, is_high, groups, group_size, like, lanes):
-    """Quantizes one token of V: its halves of the bytes at `codes`, its zero points and scales."""
+def keep_fractions(residual, count, head_size, half, like):
+    """Keeps V's residual, ``[S / 2, D]``, of the first `count` tokens of a page; none for the others."""
+    none = splat_like(NO_FRACTION, like)
+    for token in range(max(0, count - half), half):
+        for channel in range(0, head_size, LANES):
+            target = advance(residual, token * head_size + channel)
+            low = low_nibbles(load_like(target, like)) if token < count else none
+            store_tile(target, 0, packed(low, none))
+
+
+@njit(error_model="numpy")
+def put_nibbles(target, nibbles, is_high):
+    """Replaces one half of the bytes at `target`."""
+    both = load_like(target, nibbles)
+    both = packed(low_nibbles(both), nibbles) if is_high else packed(nibbles, high_nibbles(both))
+    store_tile(target, 0, both)
+
+
+@njit(error_model="numpy")
+def write_value(value, codes, residual, owns_residual, params, is_high, groups, group_size, like, lanes):
+    """Quantizes one token of V: its halves of the bytes at `codes` and `residual`, zero points, scales."""
     for group in range(groups):
         first = group * group_size
         low, high = splat_like(LARGEST, like), splat_like(-LARGEST, like)
@@ -146,12 +164,10 @@ def write_value(value, codes, params, is_high, groups, group_size, like, lanes):
         put(params, 2 * group + 1, scale)
         for channel in range(first, first + group_size, lanes):
             v = clamped(load_like(advance(value, channel), like), -LARGEST, LARGEST)
-            steps = multiply(subtract(v, splat_like(zero, v)), splat_like(inverse(scale), v))
-            code = clamped(nearest(steps), np.float32(0), STEPS)
-            target = advance(codes, channel)
-            both = load_like(target, like)
-            both = packed(low_nibbles(both), code) if is_high else packed(code, high_nibbles(both))
-            store_tile(target, 0, both)
+            fine = fine_codes(v, zero, inverse(scale) * FINE)
+            put_nibbles(advance(codes, channel), high_nibbles(fine), is_high)
+            if owns_residual:
+                put_nibbles(advance(residual, channel), low_nibbles(fine), is_high)
 
 
 @cache
@@ -171,9 +187,10 @@ def store_int4_kernel(
     @njit(**KERNEL_OPTIONS)
     def kernel(
         threads, counter, key, key_token, key_head, value, value_token, value_head, key_codes, key_block,
-        key_block_head, residual, residual_block, residual_head, value_codes, value_block, value_block_head,
-        value_params, value_params_block, value_params_head, bounds, bounds_block, bounds_head, params,
-        params_block, params_head, slot_mapping, tokens, kv_heads, chunks,
+        key_block_head, key_residual, key_residual_block, key_residual_head, value_codes, value_block,
+        value_block_head, value_params, value_params_block, value_params_head, value_residual,
+        value_residual_block, value_residual_head, bounds, bounds_block, bounds_head, params, params_block,
+        params_head, slot_mapping, tokens, kv_heads, chunks,
     ):  # fmt: skip
         build  # noqa: B018
         for _ in prange(threads):
@@ -196,25 +213,30 @@ def store_int4_kernel(
                     block, page, first = slot // block_size, slot % block_size // page_size, slot % page_size
                     place = block * key_block + head * key_block_head + page * half * head_size
                     codes = advance(pointer(key_codes, "uint8"), place)
-                    place = block * residual_block + head * residual_head
-                    rest = advance(pointer(residual, "uint8"), place)
+                    place = block * key_residual_block + head * key_residual_head
+                    key_rest = advance(pointer(key_residual, "uint8"), place)
                     place = block * value_block + head * value_block_head + page * half * head_size
                     values = advance(pointer(value_codes, "uint8"), place)
                     place = block * value_params_block + head * value_params_head
                     pairs = advance(pointer(value_params, "bfloat16"), place + page * page_size * groups * 2)
+                    place = block * value_residual_block + head * value_residual_head
+                    value_rest = advance(pointer(value_residual, "uint8"), place)
                     place = block * bounds_block + head * bounds_head + page * bounds_size
                     page_bounds = advance(pointer(bounds, bounds_dtype), place)
                     place = block * params_block + head * params_head + page * 2
                     pair = advance(pointer(params, "float32"), place)
-                    tag = page % PAGE_TAGS
+                    belongs = first > 0 and has_residual(key_rest, half, page)
                     if first > 0:
                         read_bounds(page_bounds, pair, coded, head_size, old)
-                        read_older(codes, rest, tag, old, head_size, half, first, keys, like, lanes)
+                        read_older(codes, key_rest, belongs, old, head_size, half, first, keys, like, lanes)
                     else:
                         for i in range(0, keys_size, LANES):
                             store_tile(advance(keys, i), 0, zeros(1, 1, LANES))
                     clear(found, head_size)
                     end = run_end(slots, token, last, page_size)
+                    owns = end >= last or get(slots, end) // block_size != block
+                    if owns:
+                        keep_fractions(value_rest, first if belongs else 0, head_size, half, row_like)
                     for i in range(token, end):
                         if get(slots, i) < 0:
                             continue
@@ -227,11 +249,11 @@ def store_int4_kernel(
                             scatter(advance(row, channel), target, page_size, LANES)
                         widen(found, row, row, head_size)
                         v = advance(pointer(value, dtype), i * value_token + head * value_head)
-                        bytes_of_v = advance(values, position % half * head_size)
+                        row_of_v = position % half * head_size
                         params_of_v = advance(pairs, position * groups * 2)
                         write_value(
-                            v, bytes_of_v, params_of_v, position >= half, groups, group_size, value_like,
-                            value_lanes,
+                            v, advance(values, row_of_v), advance(value_rest, row_of_v), owns, params_of_v,
+                            position >= half, groups, group_size, value_like, value_lanes,
                         )  # fmt: skip
                     token = end
                     if first > 0:
@@ -241,8 +263,7 @@ def store_int4_kernel(
                     else:
                         write_rounded(page_bounds, head_size, found)
                     read_bounds(page_bounds, pair, coded, head_size, found)
-                    is_last = token >= last or get(slots, token) // block_size != block
-                    write_keys(codes, rest, is_last, tag, found, head_size, half, keys, like, lanes)
+                    write_keys(codes, key_rest, owns, page, found, head_size, half, keys, like, lanes)
 
     return kernel
 
@@ -269,6 +290,6 @@ def store_int4(
     kernel(
         threads, counter.ctypes.data, key.data_ptr(), key.stride(0), key.stride(1), value.data_ptr(),
         value.stride(0), value.stride(1),
-        *addresses_of(key_cache.codes, key_cache.residual, value_cache.codes, value_cache.params),
+        *addresses_of(key_cache.codes, key_cache.residual, *value_cache),
         *bound_addresses(key_cache.bounds), slot_mapping.data_ptr(), tokens, kv_heads, chunks,
     )  # fmt: skip
