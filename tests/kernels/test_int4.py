@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.kernels.cache import PagedCache
 from tests.kernels.test_operations import IMPLEMENTATIONS, STEPS_WITH_DRAFTS, run_steps
 from vllm_quest.kernels.reference_bounds import read_bounds
-from vllm_quest.kernels.reference_int4 import dequantized, filling_pages, key_steps, unpack
+from vllm_quest.kernels.reference_int4 import LARGEST, dequantized, filling_pages, key_steps, unpack
 from vllm_quest.layout import PageViews
 
 HEADS, DIM, BLOCK = 2, 64, 64
@@ -23,7 +23,7 @@ RANDOM = settings(
 )
 
 
-def new_cache(format: tuple[int, str, int], seed: int = 0) -> PagedCache:
+def new_cache(format: tuple[int, str, int], seed: int = 0, dtype: torch.dtype = torch.float32) -> PagedCache:
     page_size, bounds, value_groups = format
     return PagedCache(
         num_blocks=16,
@@ -31,6 +31,7 @@ def new_cache(format: tuple[int, str, int], seed: int = 0) -> PagedCache:
         block_size=BLOCK,
         page_size=page_size,
         head_size=DIM,
+        dtype=dtype,
         seed=seed,
         kv_dtype="int4",
         metadata_dtype=bounds,
@@ -272,7 +273,7 @@ EXTREMES = {
 @pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "one outlier"])
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
-    """Whatever is stored reads back finite; what bfloat16 cannot hold, as its largest number.
+    """Whatever is stored reads back finite; what is beyond 2^126, as that.
 
     One outlier costs its own page and head their precision, and no other.
     """
@@ -283,8 +284,7 @@ def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
         key[11, 1, 3] = EXTREMES[extreme]
     cache = new_cache(format)
     write(ops, cache.pages, key, [9, 1, 1, 8])
-    largest = torch.finfo(torch.bfloat16).max
-    expected = key.clamp(-largest, largest)
+    expected = key.clamp(-LARGEST, LARGEST)
     page = 11 // format[0]
     apart = torch.ones(19, HEADS, dtype=torch.bool)
     apart[page * format[0] : (page + 1) * format[0], 1] = False
@@ -301,3 +301,34 @@ def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
     views = cache.pages
     out = ops.attend_pages(query, views.key, views.value, table, length, None, format[0], 1.0)
     assert out.isfinite().all()
+
+
+@EVERY_FORMAT
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_what_is_finite_stays_finite(format, ops, dtype) -> None:
+    """Up to the largest numbers of both signs: bounds and zero points are rounded beyond those of float16."""
+    largest, tokens = torch.finfo(dtype).max, 19
+    generator = torch.Generator().manual_seed(9)
+    key = ((2 * torch.rand(tokens, HEADS, DIM, generator=generator) - 1) * largest).to(dtype)
+    key[:, :, ::5], key[:, :, 1::5] = largest, -largest
+    key[11] = -largest
+    cache = new_cache(format, dtype=dtype)
+    views = cache.pages
+    write(ops, views, key, [9, 1, 1, 8])
+    out = PagedCache(
+        num_blocks=1, num_kv_heads=HEADS, block_size=BLOCK, page_size=8, head_size=DIM, dtype=dtype
+    ).pages
+    blocks, wanted = torch.zeros(1, dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    ops.dequantize_blocks(views.key, views.value, blocks, wanted, out.key, out.value)
+    expected = key.float().clamp(-LARGEST, LARGEST)
+    for part in (out.key, out.value):
+        read = part[0, :, :tokens].transpose(0, 1).float()
+        assert read.isfinite().all()
+        assert ((read - expected).abs() <= 0.55 * 2 * expected.abs().max() / 15).all()
+    # One token's V is what is read; sums over several of float32's largest numbers never are finite.
+    query = torch.zeros(1, HEADS, DIM, dtype=dtype)
+    for length in (1, tokens) if dtype == torch.float16 else (1,):
+        table, seq_lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
+        read = ops.attend_pages(query, views.key, views.value, table, seq_lens, None, format[0], 1.0)
+        assert read.isfinite().all()

@@ -10,7 +10,13 @@ from __future__ import annotations
 import torch
 
 from vllm_quest.kernels.reference_bounds import read_bounds, write_bounds
-from vllm_quest.kernels.reference_int4 import dequantize_blocks, dequantized, filling_pages, store_int4
+from vllm_quest.kernels.reference_int4 import (
+    dequantize_blocks,
+    dequantized,
+    filling_pages,
+    limited,
+    store_int4,
+)
 from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, PageBounds, ValueCache
 
 __all__ = ["attend_pages", "dequantize_blocks", "score_pages", "select_pages", "store"]
@@ -159,6 +165,7 @@ def attend_pages(
     with the largest share that it has met so far; it keeps these tokens and perhaps more, so the bound holds.
 
     Of 4-bit pages, the last one of a row is read with the residuals that it has while it is being filled.
+    Their V may lie beyond float16, where zero points were rounded; outputs are limited to its largest number.
 
     Args:
         query: ``[R, Hq, D]``.
@@ -217,4 +224,5 @@ def attend_pages(
         read = read & near.any(2, keepdim=True)
         logits = logits.masked_fill(~read, -torch.inf)
     values = values.masked_fill(~read.mT, 0)
-    return (torch.softmax(logits, -1) @ values).view_as(query).to(query.dtype)
+    out = (torch.softmax(logits, -1) @ values).view_as(query)
+    return out.to(query.dtype) if filling is None else limited(out, query.dtype)

@@ -12,9 +12,9 @@ import torch
 from vllm_quest.kernels.reference_bounds import TINY, read_bounds, round_down, round_up, write_bounds
 from vllm_quest.layout import Int4Keys, Int4Values
 
-__all__ = ["dequantize_blocks", "dequantized", "filling_pages", "store_int4"]
+__all__ = ["dequantize_blocks", "dequantized", "filling_pages", "limited", "store_int4"]
 
-LARGEST = torch.finfo(torch.bfloat16).max  # what larger elements, infinite ones too, are stored as
+LARGEST = 2.0**126  # what larger elements, infinite ones too, are stored as: a range must be finite, too
 STEPS = 15  # of a 4-bit code
 FINE = 16  # an 8-bit code counts sixteenths of such a step, from half a step below zero: 16 * k + 8
 NO_FRACTION = FINE // 2  # the low nibble of an 8-bit code that is exactly a 4-bit one
@@ -245,6 +245,8 @@ def dequantize_blocks(
 ) -> None:
     """Writes the first tokens of n blocks in the model's dtype, as prefill reads them; 0 behind them.
 
+    Bounds and zero points are rounded outward, in float16 beyond its largest number; that is what is read.
+
     Args:
         key_cache: 4-bit codes.
         value_cache: Likewise.
@@ -255,5 +257,11 @@ def dequantize_blocks(
     """
     keys, values = dequantized(key_cache, value_cache)
     is_wanted = (torch.arange(key_out.shape[2]) < num_tokens[:, None])[:, None, :, None]
-    key_out[: len(blocks)] = torch.where(is_wanted, keys[blocks.long()], 0).to(key_out.dtype)
-    value_out[: len(blocks)] = torch.where(is_wanted, values[blocks.long()], 0).to(value_out.dtype)
+    for elements, out in ((keys, key_out), (values, value_out)):
+        out[: len(blocks)] = limited(torch.where(is_wanted, elements[blocks.long()], 0), out.dtype)
+
+
+def limited(elements: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In another dtype, and what would be infinite there as its largest number."""
+    largest = torch.finfo(dtype).max
+    return elements.clamp(-largest, largest).to(dtype)

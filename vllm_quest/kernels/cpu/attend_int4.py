@@ -23,6 +23,7 @@ from vllm_quest.kernels.cpu.launch import (
     CACHE_LINE,
     INSTRUCTIONS,
     KERNEL_OPTIONS,
+    LARGEST,
     REGISTERS,
     TILE_TOKENS,
     addresses_of,
@@ -34,6 +35,7 @@ from vllm_quest.kernels.cpu.launch import (
 from vllm_quest.kernels.cpu.memory import (
     advance,
     get,
+    load,
     load_tile,
     next_item,
     page_start,
@@ -50,6 +52,7 @@ from vllm_quest.kernels.cpu.nibbles import (
     splat_rows,
     store_halves,
 )
+from vllm_quest.kernels.cpu.rounding import limited
 from vllm_quest.kernels.cpu.simd import add, zeros
 from vllm_quest.kernels.cpu.softmax import (
     begin,
@@ -83,7 +86,7 @@ def attend_int4_kernel(
 ):
     """The kernel of one configuration; work is cut as in `attend_kernel`."""
     build = INSTRUCTIONS
-    coded = bounds_dtype == "uint8"
+    coded, largest = bounds_dtype == "uint8", LARGEST[query_dtype]
     query_size = group * head_size
     half = page_size // 2
     page_bytes = half * head_size
@@ -259,6 +262,9 @@ def attend_int4_kernel(
                     target = advance(pointer(out, query_dtype), owner * query_size)
                     results = advance(results, owner * chunks * partial_size)
                     merge(results, chunks, group, target, head_size)
+                    for channel in range(0, query_size, LANES):
+                        part = advance(target, channel)
+                        store(part, 0, limited(load(part, LANES), largest))
 
     return kernel
 

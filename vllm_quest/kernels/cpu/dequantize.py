@@ -14,6 +14,7 @@ from vllm_quest.kernels.cpu.bounds import read_bounds
 from vllm_quest.kernels.cpu.launch import (
     INSTRUCTIONS,
     KERNEL_OPTIONS,
+    LARGEST,
     addresses_of,
     bound_addresses,
     check_bounds,
@@ -25,6 +26,7 @@ from vllm_quest.kernels.cpu.launch import (
 )
 from vllm_quest.kernels.cpu.memory import advance, get, load_like, next_item, pointer, stack, store
 from vllm_quest.kernels.cpu.nibbles import high_nibbles, low_nibbles
+from vllm_quest.kernels.cpu.rounding import limited
 from vllm_quest.kernels.cpu.simd import add, first_lanes, multiply, splat_like, zeros
 from vllm_quest.layout import Int4Keys, Int4Values
 
@@ -35,34 +37,37 @@ STEPS = np.float32(reference_int4.STEPS)
 
 
 @njit(error_model="numpy")
-def real(code, zero, step):
-    """What codes stand for."""
-    return add(splat_like(zero, code), multiply(splat_like(step, code), code))
+def real(code, zero, step, largest):
+    """What codes stand for, at most the largest number of the model's dtype."""
+    return limited(add(splat_like(zero, code), multiply(splat_like(step, code), code)), largest)
 
 
 @njit(error_model="numpy")
-def read_keys(codes, bounds, head_size, half, count, out, block_size, like, lanes):
+def read_keys(codes, bounds, head_size, half, count, out, block_size, largest, like, lanes):
     """The first `count` keys of a page, and 0 behind them, to channel-major `out`."""
     for channel in range(head_size):
         zero = get(bounds, channel)
         step = get(bounds, head_size + channel) / STEPS - zero / STEPS
         for byte in range(0, half, lanes):
             code = load_like(advance(codes, channel * half + byte), like)
-            low = first_lanes(real(low_nibbles(code), zero, step), count - byte, np.float32(0))
-            high = first_lanes(real(high_nibbles(code), zero, step), count - half - byte, np.float32(0))
-            store(advance(out, channel * block_size + byte), 0, low)
-            store(advance(out, channel * block_size + half + byte), 0, high)
+            low, high = (
+                real(low_nibbles(code), zero, step, largest),
+                real(high_nibbles(code), zero, step, largest),
+            )
+            target = advance(out, channel * block_size + byte)
+            store(target, 0, first_lanes(low, count - byte, np.float32(0)))
+            store(advance(target, half), 0, first_lanes(high, count - half - byte, np.float32(0)))
 
 
 @njit(error_model="numpy")
-def read_value(codes, params, is_high, groups, group_size, out, like, lanes):
+def read_value(codes, params, is_high, groups, group_size, out, largest, like, lanes):
     """One token of V."""
     for group in range(groups):
         zero, scale = get(params, 2 * group), get(params, 2 * group + 1)
         for channel in range(group * group_size, (group + 1) * group_size, lanes):
             both = load_like(advance(codes, channel), like)
             code = high_nibbles(both) if is_high else low_nibbles(both)
-            store(advance(out, channel), 0, real(code, zero, scale))
+            store(advance(out, channel), 0, real(code, zero, scale, largest))
 
 
 @cache
@@ -71,7 +76,7 @@ def dequantize_kernel(
 ):
     """The kernel of one configuration. A work item is (block, KV head)."""
     build = INSTRUCTIONS
-    coded = bounds_dtype == "uint8"
+    coded, largest = bounds_dtype == "uint8", LARGEST[dtype]
     bounds_size = 2 * head_size
     half = page_size // 2
     pages_per_block = block_size // page_size
@@ -113,16 +118,17 @@ def dequantize_kernel(
                     read_bounds(page_bounds, pair, coded, head_size, found)
                     page_codes, target = advance(codes, page * half * head_size), advance(keys_to, first)
                     read_keys(
-                        page_codes, found, head_size, half, wanted - first, target, block_size, like, lanes
-                    )
+                        page_codes, found, head_size, half, wanted - first, target, block_size, largest, like,
+                        lanes,
+                    )  # fmt: skip
                     for token in range(first, first + page_size):
                         target = advance(values_to, token * head_size)
                         if token < wanted:
                             row = page * half + token % half
                             read_value(
                                 advance(values, row * head_size), advance(words, token * groups * 2),
-                                token % page_size >= half, groups, group_size, target, value_like,
-                                value_lanes,
+                                token % page_size >= half, groups, group_size, target, largest,
+                                value_like, value_lanes,
                             )  # fmt: skip
                         else:
                             for channel in range(0, head_size, LANES):

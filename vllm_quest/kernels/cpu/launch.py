@@ -25,6 +25,7 @@ CACHE_LINE = 64  # bytes; elsewhere prefetching does too little or twice the wor
 REGISTERS = 24  # of 32, for the tile that a loop accumulates
 TILE_TOKENS = 64  # tokens between two updates of a softmax's running maximum
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+LARGEST = {name: np.float32(torch.finfo(dtype).max) for dtype, name in DTYPE_NAMES.items()}
 
 # Every kernel holds this as a free variable. Numba's cache on disk looks at the kernel's own file only; this
 # makes it notice a change of the instructions and functions that the kernel is written in, and of the

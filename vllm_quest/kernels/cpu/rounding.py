@@ -5,11 +5,11 @@ They do in float32 exactly what the torch reference does, so that both write the
 
 from __future__ import annotations
 
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from vllm_quest.kernels.cpu.elements import F32, I32, ir, join, split
-from vllm_quest.kernels.cpu.simd import call
+from vllm_quest.kernels.cpu.simd import call, splat_like
 
 
 def by_lane(name: str):
@@ -82,6 +82,13 @@ def choose(condition: str):
 
 where_equal = choose("==")
 where_above = choose(">")
+
+
+@njit(error_model="numpy")
+def limited(values, largest):
+    """The values, those beyond the largest number of a dtype as that; NaN stays NaN."""
+    top, bottom = splat_like(largest, values), splat_like(-largest, values)
+    return where_above(bottom, values, bottom, where_above(values, top, top, values))
 
 
 @intrinsic
