@@ -40,8 +40,8 @@ PARTS = ("store", "score", "select", "attend")
 FORMATS: dict[str, dict[str, Any]] = {
     "auto": {},
     "int8-bounds": {"metadata_dtype": "int8"},
-    "int4": {"metadata_dtype": "int8", "kv_dtype": "int4"},
-    "int4-all-pages": {"metadata_dtype": "int8", "kv_dtype": "int4", "selects": False},
+    "int4": {"kv_dtype": "int4"},
+    "int4-all-pages": {"kv_dtype": "int4", "selects": False},
 }
 
 

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
+import torch
+
 from benchmarks.contenders import Contender
 from benchmarks.engine_run import Engine
 from benchmarks.pairs import Ratio, first_context, percentile
 from benchmarks.roofline import Geometry, Step
 from vllm_quest.config import QuestConfig
+from vllm_quest.layout import PageLayout
 
 PROBE_STEPS, PROBE_REPEATS = 16, 3
 
@@ -172,15 +175,22 @@ def _tokens_read(quest: QuestConfig, context: int) -> int:
 
 
 def quest_bytes(quest: QuestConfig, head_size: int) -> dict[str, Any]:
-    """How `Step` describes QUEST's pages; nothing where they are in the model's dtype."""
+    """Bytes of K or V per token and of kmin or kmax per page; none where they are in the model's dtype."""
+    layout = PageLayout(
+        quest.page_size,
+        quest.page_size,
+        head_size,
+        False,
+        torch.bfloat16,  # only asked what does not depend on it
+        quest.kv_dtype,
+        quest.metadata_dtype,
+        value_groups=-(-head_size // (quest.value_group_size or head_size)),
+    )
     sizes = {}
-    if quest.kv_dtype == "int4":
-        groups = head_size // (quest.value_group_size or head_size)
-        # Half a byte per element; V has a zero point and a scale per group, bfloat16 each: per K or V, half.
-        sizes["kv_bytes"] = head_size // 2 + 2 * groups
-        sizes["bound_bytes"] = 2 * head_size
-    if quest.metadata_dtype == "int8":
-        sizes["bound_bytes"] = head_size + 8  # an offset and a scale, float32
+    if layout.is_int4:
+        sizes["kv_bytes"] = layout.token_bytes // 2
+    if layout.is_int4 or layout.has_coded_bounds:
+        sizes["bound_bytes"] = layout.bounds_bytes // 2
     return sizes
 
 

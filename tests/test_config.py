@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,19 @@ def test_every_field_can_be_set() -> None:
     assert QuestConfig.from_dict(entries | {"min_context": 512}).sparse_context == 513
 
 
+def test_vllms_cache_dtype_says_int4_as_kv_dtype_does() -> None:
+    """Fields that stand with int4 only are then allowed, too."""
+    entries = {"metadata_dtype": "bfloat16", "value_group_size": 64}
+    vllm_config = SimpleNamespace(
+        additional_config={"quest": entries},
+        cache_config=SimpleNamespace(cache_dtype="quest_int4", user_specified_block_size=False),
+        model_config=None,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        scheduler_config=None,
+    )
+    assert QuestConfig.from_vllm_config(vllm_config) == QuestConfig.from_dict(entries | {"kv_dtype": "int4"})
+
+
 def test_no_budget_means_everything() -> None:
     assert QuestConfig.from_dict({"token_budget": None}).token_budget is None
     assert QuestConfig.from_dict({"token_budget": None}).sparse_context > 2**30
@@ -55,7 +69,8 @@ def test_no_budget_means_everything() -> None:
         ({"token_budget": 0}, ["token_budget", "0", "at least 1"]),
         ({"token_budget": 1024.0}, ["token_budget", "1024.0", "an integer"]),
         ({"kv_dtype": "fp8"}, ["kv_dtype", "'fp8'", "auto, int4"]),
-        ({"metadata_dtype": "int4"}, ["metadata_dtype", "'int4'", "auto, int8"]),
+        ({"metadata_dtype": "int4"}, ["metadata_dtype", "'int4'", "auto, int8, bfloat16"]),
+        ({"metadata_dtype": "bfloat16"}, ["metadata_dtype", "'bfloat16'", "auto, int8 unless kv_dtype=int4"]),
         ({"value_group_size": 48, "kv_dtype": "int4"}, ["value_group_size", "48", "None, 32, 64, 128"]),
         ({"value_group_size": 64}, ["value_group_size", "64", "kv_dtype=int4"]),
         ({"token_budget": 1000}, ["token_budget", "1000", "multiple of 16"]),

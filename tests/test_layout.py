@@ -7,7 +7,7 @@ import torch
 
 from vllm_quest.layout import Int4Keys, Int4Values, PageLayout, PageViews
 
-FORMATS = [(kv, metadata) for kv in ("auto", "int4") for metadata in ("auto", "int8")]
+FORMATS = [("auto", "auto"), ("auto", "int8"), ("int4", "auto"), ("int4", "bfloat16")]
 
 
 def tensors(views: PageViews) -> dict[str, torch.Tensor]:
@@ -98,7 +98,20 @@ def test_int4_takes_less_than_a_third() -> None:
 
     assert share(512, "int8") <= 0.30
     assert share(128, "int8") <= 0.33
-    assert share(512, "auto") <= 0.33
+    assert share(512, "bfloat16") <= 0.33
+
+
+def test_bounds_of_int4_pages_have_8_bits_unless_told_otherwise() -> None:
+    auto, int8, bfloat16 = (
+        PageLayout(128, 16, 128, False, torch.float16, "int4", metadata_dtype)
+        for metadata_dtype in ("auto", "int8", "bfloat16")
+    )
+    assert auto.bounds_dtype == int8.bounds_dtype == torch.uint8
+    assert auto.content_bytes == int8.content_bytes == 165
+    assert auto.bounds_bytes == int8.bounds_bytes == 2 * 128 + 8
+    assert bfloat16.bounds_dtype == torch.bfloat16
+    assert bfloat16.bounds_bytes == 2 * 128 * 2
+    assert PageLayout(128, 16, 128, False, torch.float16).bounds_dtype == torch.float16
 
 
 def test_page_size_must_divide_the_block() -> None:

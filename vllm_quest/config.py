@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from vllm_quest.registration import INT4_CACHE_DTYPE
@@ -16,7 +16,7 @@ PAGE_SIZES = (8, 16, 32, 64)
 GROUP_REDUCES = ("max", "mean", "softmax_mean")
 SCORERS = ("minmax",)
 KV_DTYPES = ("auto", "int4")
-METADATA_DTYPES = ("auto", "int8")
+METADATA_DTYPES = ("auto", "int8", "bfloat16")
 NO_CONTEXT = 2**31 - 1  # tokens; a context that is never reached
 # What may change while a cache is in use; every other field says how the cache lies.
 SELECTION_FIELDS = (
@@ -56,8 +56,8 @@ class QuestConfig:
         scorer: How a page is scored. ``minmax`` is the upper bound of QUEST, equation 2.
         min_context: Contexts shorter than this many tokens are decoded densely.
         kv_dtype: How K and V are stored: ``auto`` (the model's dtype) or ``int4`` (docs/int4.md).
-        metadata_dtype: How page bounds are stored: ``auto`` (the model's dtype; bfloat16 with ``int4``) or
-            ``int8``, rounded outward.
+        metadata_dtype: How page bounds are stored: ``auto`` (the model's dtype; ``int8`` where `kv_dtype` is
+            ``int4``), ``int8``, or, with ``int4`` only, ``bfloat16``; rounded outward.
         value_group_size: Channels of V that share a zero point and a scale, with ``int4``: 32, 64 or 128;
             None for one group per head.
         value_threshold: t: V rows are not read where no query head of the group has e^-t of its largest
@@ -94,10 +94,8 @@ class QuestConfig:
         self._check_count("recent_pages", 1)
         self._check_count("min_context", 0)
         self._check_count("decode_tail", 0)
-        if self.value_group_size is not None and self.kv_dtype != "int4":
-            raise QuestConfigError(
-                "value_group_size", f"{self.value_group_size}", "null unless kv_dtype=int4"
-            )
+        if self.kv_dtype != "int4":
+            self._refuse_int4_fields()
         if self.token_budget is not None:
             self._check_budget()
         if self.value_threshold is not None:
@@ -156,9 +154,10 @@ class QuestConfig:
             ValueError: QUEST cannot run this engine; names the flag or the property of the model.
         """
         additional = vllm_config.additional_config
-        config = cls.from_dict(additional.get("quest", {}) if isinstance(additional, dict) else {})
-        if vllm_config.cache_config.cache_dtype == INT4_CACHE_DTYPE:
-            config = replace(config, kv_dtype="int4")
+        entries = additional.get("quest", {}) if isinstance(additional, dict) else {}
+        if vllm_config.cache_config.cache_dtype == INT4_CACHE_DTYPE and isinstance(entries, dict):
+            entries = entries | {"kv_dtype": "int4"}
+        config = cls.from_dict(entries)
         config.check_engine(vllm_config)
         return config
 
@@ -191,6 +190,14 @@ class QuestConfig:
             )
         if refused:
             raise ValueError(f"--attention-backend QUEST cannot run this engine: {'; '.join(refused)}")
+
+    def _refuse_int4_fields(self) -> None:
+        if self.value_group_size is not None:
+            raise QuestConfigError(
+                "value_group_size", f"{self.value_group_size}", "null unless kv_dtype=int4"
+            )
+        if self.metadata_dtype == "bfloat16":
+            raise QuestConfigError("metadata_dtype", "'bfloat16'", "auto, int8 unless kv_dtype=int4")
 
     def _check_budget(self) -> None:
         self._check_count("token_budget", 1)

@@ -83,7 +83,7 @@ class PageLayout:
             read it, instead of token by token.
         dtype: Of the model.
         kv_dtype: ``auto`` (the model's dtype) or ``int4``.
-        metadata_dtype: Of the bounds: ``auto``, which is `dtype`, in int4 pages bfloat16; or ``int8``.
+        metadata_dtype: Of the bounds: ``auto`` (`bounds_dtype` decides), ``int8``, or ``bfloat16``.
         value_groups: Groups of channels of V with a zero point and a scale of their own, G; int4 only.
     """
 
@@ -137,10 +137,15 @@ class PageLayout:
 
     @property
     def bounds_dtype(self) -> torch.dtype:
-        """Of a stored kmin or kmax."""
-        if self.metadata_dtype == "int8":
-            return torch.uint8
-        return torch.bfloat16 if self.is_int4 else self.dtype
+        """Of a stored kmin or kmax; uint8 where they are codes, as in int4 pages unless told otherwise."""
+        if self.metadata_dtype == "auto":
+            return torch.uint8 if self.is_int4 else self.dtype
+        return torch.uint8 if self.metadata_dtype == "int8" else torch.bfloat16
+
+    @property
+    def has_coded_bounds(self) -> bool:
+        """Whether bounds are 8-bit codes, with an offset and a scale per page."""
+        return self.bounds_dtype == torch.uint8
 
     @property
     def content_size(self) -> int:
@@ -166,7 +171,7 @@ class PageLayout:
     @property
     def bounds_bytes(self) -> int:
         """Bytes of the bounds per (page, KV head), their offset and scale included."""
-        params = 8 if self.metadata_dtype == "int8" else 0
+        params = 8 if self.has_coded_bounds else 0
         return 2 * self.head_size * self.bounds_dtype.itemsize + params
 
     @property
@@ -192,7 +197,7 @@ class PageLayout:
         else:
             parts = {"kv": ((size, 2 * dim), self.dtype)}
         parts["bounds"] = ((pages, 2, dim), self.bounds_dtype)
-        if self.metadata_dtype == "int8":
+        if self.has_coded_bounds:
             parts["bound_params"] = ((pages, 2), torch.float32)
         offset, placed = 0, {}
         for name, (shape, dtype) in parts.items():

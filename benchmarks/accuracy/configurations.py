@@ -36,8 +36,8 @@ def standard(context: int) -> Configurations:
         replace(base, page_size=8, metadata_dtype="int8"),
         replace(tight, page_size=8, metadata_dtype="int8"),
         replace(base, kv_dtype="int4", token_budget=None),
-        replace(base, kv_dtype="int4", token_budget=None, page_size=8, metadata_dtype="int8"),
-        replace(base, kv_dtype="int4", page_size=8, metadata_dtype="int8"),
+        replace(base, kv_dtype="int4", token_budget=None, page_size=8),
+        replace(base, kv_dtype="int4", page_size=8),
     ]
     return one_at_a_time(base, factors) | {name_of(config): config for config in combined}
 

@@ -37,9 +37,9 @@ LEAD_TOKENS, ANSWER_TOKENS = 24, 64  # of one passage of code
 PASSAGES = 6  # per context
 DEFAULT: list[dict[str, Any]] = [
     {"token_budget": None, "kv_dtype": "int4"},
-    {"token_budget": None, "kv_dtype": "int4", "metadata_dtype": "int8"},
+    {"token_budget": None, "kv_dtype": "int4", "metadata_dtype": "bfloat16"},
     {"token_budget": None, "kv_dtype": "int4", "page_size": 8},
-    {"token_budget": None, "kv_dtype": "int4", "page_size": 8, "metadata_dtype": "int8"},
+    {"token_budget": None, "kv_dtype": "int4", "page_size": 8, "metadata_dtype": "bfloat16"},
     {"token_budget": None, "kv_dtype": "int4", "value_group_size": 32},
 ]
 # By kind: the answers of every sample, position by position.

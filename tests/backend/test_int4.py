@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from tests.backend.harness import BLOCK_SIZE, HEADS, KV_HEADS, SCALE, Engine, inputs
+from vllm_quest.backend import layers
 from vllm_quest.backend.cpu import QuestCPUBackend
 from vllm_quest.backend.workspace import take_turns
+from vllm_quest.config import QuestConfig
 from vllm_quest.kernels.reference_int4 import dequantized, filling_pages
+from vllm_quest.layout import PageLayout
 
 PAGE_SIZE = 8
 DENSE = {"token_budget": None, "page_size": PAGE_SIZE}
@@ -46,7 +49,7 @@ def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
     return out.transpose(0, 1).float()
 
 
-@pytest.mark.parametrize("metadata_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("metadata_dtype", ["auto", "bfloat16"])
 def test_the_first_chunk_is_the_dense_result_to_the_bit(metadata_dtype) -> None:
     work = [[(0, 100, True), (1, 17, True)], [(2, 1, True)]]
     dense, int4 = (
@@ -58,7 +61,7 @@ def test_the_first_chunk_is_the_dense_result_to_the_bit(metadata_dtype) -> None:
             assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("metadata_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("metadata_dtype", ["auto", "bfloat16"])
 def test_later_chunks_see_the_stored_context_and_themselves_as_they_are(metadata_dtype) -> None:
     engine = Engine(QuestCPUBackend, INT4 | {"metadata_dtype": metadata_dtype})
     engine.step([(0, 101, True), (3, 40, True)], seed=0)
@@ -100,6 +103,17 @@ def test_short_contexts_and_dense_layers_read_everything() -> None:
             expected = attention(query[request, None], keys, values)[0]
             is_dense = layer == 0 or request < 2
             assert torch.allclose(output[request], expected, rtol=1e-4, atol=1e-5) == is_dense
+
+
+def test_the_start_up_line_names_the_bounds(monkeypatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(layers.logger, "info", lambda text, *args: lines.append(text % args))
+    plan = layers.LayerPlan((), {"model.layers.0.attn": "budget"})
+    for metadata_dtype in ("auto", "bfloat16"):
+        layout = PageLayout(128, 16, 128, True, torch.bfloat16, "int4", metadata_dtype)
+        plan.log(QuestConfig.from_dict(INT4), layout, KV_HEADS)
+    assert "165 B (int4), bounds of 16 tokens 264 B (int8)" in lines[0]
+    assert "180 B (int4), bounds of 16 tokens 512 B (bfloat16)" in lines[1]
 
 
 def test_turns_hold_each_block_once_and_keep_to_the_capacity() -> None:

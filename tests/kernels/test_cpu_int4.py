@@ -16,8 +16,8 @@ from vllm_quest.layout import Int4Keys, Int4Values, PageViews
 INT4 = [
     (torch.float32, 8, 128, 2, 4, "int8", 1),
     (torch.bfloat16, 16, 64, 1, 8, "int8", 2),
-    (torch.float16, 32, 80, 3, 1, "auto", 1),
-    (torch.bfloat16, 64, 96, 2, 3, "auto", 3),
+    (torch.float16, 32, 80, 3, 1, "bfloat16", 1),
+    (torch.bfloat16, 64, 96, 2, 3, "bfloat16", 3),
 ]
 LENGTHS = [577, 1, 17, 63]
 # Outputs differ by the order of float32 sums and one rounding to the output's dtype.

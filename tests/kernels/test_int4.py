@@ -15,7 +15,7 @@ from vllm_quest.kernels.reference_int4 import LARGEST, dequantized, filling_page
 from vllm_quest.layout import PageViews
 
 HEADS, DIM, BLOCK = 2, 64, 64
-FORMATS = [(8, "int8", 1), (16, "int8", 1), (16, "auto", 2)]  # page size, bounds, groups of V
+FORMATS = [(8, "int8", 1), (16, "int8", 1), (16, "bfloat16", 2)]  # page size, bounds, groups of V
 EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f[0]}-{f[1]}-{f[2]}")
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 RANDOM = settings(

@@ -36,8 +36,8 @@ CACHES: tuple[dict[str, Any], ...] = (
     {"page_size": 8, "metadata_dtype": "int8"},
     {"page_size": 16, "kv_dtype": "int4"},
     {"page_size": 16, "kv_dtype": "int4", "value_group_size": 32},
-    {"page_size": 8, "kv_dtype": "int4", "metadata_dtype": "int8"},
-    {"page_size": 8, "kv_dtype": "int4", "metadata_dtype": "int8", "value_group_size": 32},
+    {"page_size": 8, "kv_dtype": "int4"},
+    {"page_size": 8, "kv_dtype": "int4", "value_group_size": 32},
 )
 
 

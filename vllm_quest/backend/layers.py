@@ -70,7 +70,7 @@ class LayerPlan:
             layout.kv_dtype,
             layout.page_size,
             layout.bounds_bytes,
-            str(layout.bounds_dtype).removeprefix("torch.") if layout.metadata_dtype == "auto" else "int8",
+            "int8" if layout.has_coded_bounds else str(layout.bounds_dtype).removeprefix("torch."),
             100 * layout.metadata_share,
             _capacity(layout),
         )
