@@ -169,6 +169,11 @@ class PageLayout:
         return self.head_size + 4 * self.value_groups if self.is_int4 else self.dense_bytes
 
     @property
+    def residual_bytes(self) -> int:
+        """Bytes of both residuals per (block, KV head), which are read with a context's last page."""
+        return self.page_size * self.head_size if self.is_int4 else 0
+
+    @property
     def bounds_bytes(self) -> int:
         """Bytes of the bounds per (page, KV head), their offset and scale included."""
         params = 8 if self.has_coded_bounds else 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.backend.harness import BLOCK_SIZE, HEADS, KV_HEADS, SCALE, Engine, inputs
 from vllm_quest.backend import layers
+from vllm_quest.backend.counting import StepCounts
 from vllm_quest.backend.cpu import QuestCPUBackend
 from vllm_quest.backend.workspace import take_turns
 from vllm_quest.config import QuestConfig
@@ -114,6 +118,17 @@ def test_the_start_up_line_names_the_bounds(monkeypatch) -> None:
         plan.log(QuestConfig.from_dict(INT4), layout, KV_HEADS)
     assert "165 B (int4), bounds of 16 tokens 264 B (int8)" in lines[0]
     assert "180 B (int4), bounds of 16 tokens 512 B (bfloat16)" in lines[1]
+
+
+def test_what_a_sparse_row_reads() -> None:
+    """Codes and parameters of the selected tokens, all bounds and the selected ones again, two residuals."""
+    config = QuestConfig.from_dict({"token_budget": 64, "kv_dtype": "int4"})
+    layout = PageLayout(128, 16, 128, True, torch.float32, "int4", "int8")
+    counts: Counter[str] = Counter()
+    counters = SimpleNamespace(add=lambda name, count: counts.update({name: count}))
+    StepCounts.of(config, 0, 2, torch.tensor([200, 333])).add_sparse_layer(counters, 3, layout)
+    tokens, pages, read = 64 - 8 + 64 - 3, 13 + 21, 4 + 4
+    assert counts["bytes_read"] == 3 * (tokens * 132 + (pages + read) * 264 + 2 * 2 * 8 * 128)
 
 
 def test_turns_hold_each_block_once_and_keep_to_the_capacity() -> None:

@@ -78,5 +78,6 @@ class StepCounts:
             # Scoring reads the bounds of every page; 4-bit keys need those of the selected ones once more.
             bounds_read = self.pages_in_context + (self.pages_read if layout.is_int4 else 0)
             read = self.tokens_read * layout.token_bytes + bounds_read * layout.bounds_bytes
+            read += self.sparse_rows * layout.residual_bytes
             counters.add("bytes_read", heads * read)
             counters.add("bytes_dense", heads * self.tokens_in_context * layout.dense_bytes)
