@@ -62,6 +62,15 @@ GEOMETRIES = [
     (96, 16, 4),
     (128, 64, 16),
 ]
+# The same, and how bounds and groups of V are stored in 4-bit pages
+INT4_GEOMETRIES = [
+    (64, 16, 8, "int8", 2),
+    (128, 8, 1, "auto", 1),
+    (128, 16, 4, "int8", 1),
+    (128, 16, 4, "int8", 4),
+    (128, 32, 16, "auto", 4),
+    (96, 64, 4, "int8", 3),
+]
 
 
 @dataclass(frozen=True)
@@ -110,17 +119,27 @@ class Recorder:
         return triton.compile(source, target=gpu, options=options.__dict__)
 
 
-def views(head_size: int, page_size: int, metadata_dtype: str) -> PageViews:
+def views(head_size: int, page_size: int, metadata_dtype: str, value_groups: int | None = None) -> PageViews:
+    """Of a cache in bfloat16, or in 4 bits with `value_groups`."""
     block_size = max(32, page_size)
     layout = PageLayout(
-        block_size, page_size, head_size, False, torch.bfloat16, metadata_dtype=metadata_dtype
+        block_size,
+        page_size,
+        head_size,
+        False,
+        torch.bfloat16,
+        kv_dtype="auto" if value_groups is None else "int4",
+        metadata_dtype=metadata_dtype,
+        value_groups=value_groups or 1,
     )
     cache = torch.zeros(BLOCKS, KV_HEADS, block_size, layout.content_size, dtype=layout.cache_dtype)
     return layout.views(cache)
 
 
-def launch_store(head_size: int, page_size: int, tokens: int, metadata_dtype: str) -> None:
-    pages = views(head_size, page_size, metadata_dtype)
+def launch_store(
+    head_size: int, page_size: int, tokens: int, metadata_dtype: str, value_groups: int | None = None
+) -> None:
+    pages = views(head_size, page_size, metadata_dtype, value_groups)
     key = torch.zeros(tokens, KV_HEADS, head_size, dtype=torch.bfloat16)
     kernels.store(key, key, pages.key, pages.value, pages.bounds, torch.zeros(tokens, dtype=torch.int64))
 
@@ -137,8 +156,15 @@ def launch_select(max_pages: int) -> None:
     kernels.select_pages(scores, torch.ones(ROWS, dtype=torch.int32), 128, 1, 2)
 
 
-def launch_attend(head_size: int, page_size: int, group: int, value_threshold: float | None) -> None:
-    pages = views(head_size, page_size, "auto")
+def launch_attend(
+    head_size: int,
+    page_size: int,
+    group: int,
+    value_threshold: float | None,
+    metadata_dtype: str = "auto",
+    value_groups: int | None = None,
+) -> None:
+    pages = views(head_size, page_size, metadata_dtype, value_groups)
     query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
     counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
     indices = torch.zeros(ROWS, KV_HEADS, 2048 // page_size, dtype=torch.int32)
@@ -153,6 +179,30 @@ def launch_attend(head_size: int, page_size: int, group: int, value_threshold: f
         SCALE,
         value_threshold=value_threshold,
     )
+
+
+def launch_dequantize(head_size: int, page_size: int, metadata_dtype: str, value_groups: int) -> None:
+    pages = views(head_size, page_size, metadata_dtype, value_groups)
+    block_size = pages.value.params.shape[2]
+    out = torch.zeros(ROWS, KV_HEADS, block_size, 2 * head_size, dtype=torch.bfloat16)
+    blocks = torch.zeros(ROWS, dtype=torch.int32)
+    kernels.dequantize_blocks(pages.key, pages.value, blocks, blocks, *out.chunk(2, -1))
+
+
+def int4_cases() -> list[Case]:
+    """4-bit pages: each of the geometries with other bounds and groups of V."""
+    found = []
+    for head_size, page_size, group, bounds, groups in INT4_GEOMETRIES:
+        geometry = f"head {head_size}, page {page_size}, {bounds} bounds, {groups} groups"
+        for name, tokens in (("decode", 64), ("prefill", 8192)):
+            call = partial(launch_store, head_size, page_size, tokens, bounds, groups)
+            found.append(Case("store_int4", f"{geometry}, {name}", call))
+        for name, threshold in (("", None), (", threshold", 6.5)):
+            call = partial(launch_attend, head_size, page_size, group, threshold, bounds, groups)
+            found.append(Case("attend_int4", f"{geometry}, group {group}{name}", call))
+        call = partial(launch_dequantize, head_size, page_size, bounds, groups)
+        found.append(Case("dequantize", geometry, call))
+    return found
 
 
 def cases() -> list[Case]:
@@ -174,7 +224,7 @@ def cases() -> list[Case]:
             found.append(Case("attend", f"{geometry}, group {group}{name}", call))
     for max_pages in (512, 2048, 65536):
         found.append(Case("select", f"{max_pages} pages", partial(launch_select, max_pages)))
-    return found
+    return found + int4_cases()
 
 
 def run_tool(name: str, *arguments: str) -> str:
@@ -239,7 +289,7 @@ def check(index: int, target_name: str) -> Result:
 
 def line(kernel, configuration, target, registers, shared, spilled, loads, problem) -> str:
     return (
-        f"{kernel:8}{configuration:55}{target:8}{registers:>10}{shared:>9}{spilled:>9}{loads:>12}  {problem}"
+        f"{kernel:12}{configuration:60}{target:8}{registers:>10}{shared:>9}{spilled:>9}{loads:>12}  {problem}"
     ).rstrip()
 
 
@@ -258,12 +308,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--kernels", nargs="+", help="only these, such as attend_int4")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set; the interpreter compiles nothing")
-    work = [(index, target) for index in range(len(cases())) for target in arguments.targets]
+    chosen = [
+        index
+        for index, case in enumerate(cases())
+        if not arguments.kernels or case.kernel in arguments.kernels
+    ]
+    work = [(index, target) for index in chosen for target in arguments.targets]
     # A fresh process per worker: LLVM does not survive a fork.
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         results = []

@@ -11,7 +11,6 @@ from tests.backend.harness import DenseBuilder, DenseImpl, Engine
 from tests.kernels import interpreter  # noqa: F401  must come before what imports our Triton kernels
 from vllm_quest.backend.cpu import QuestCPUBackend
 from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
-from vllm_quest.config import QuestConfigError
 
 QUEST = {"token_budget": 48, "page_size": 8, "dense_layers": 1, "sink_pages": 1, "recent_pages": 2}
 
@@ -118,11 +117,6 @@ def test_what_the_builder_promises() -> None:
     assert Builder.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_BATCH
     assert Backend.forward_includes_kv_cache_update is False
     assert Engine(Backend, QUEST, speculated=2).builder.reorder_batch_threshold == 3
-
-
-def test_4_bit_pages_are_refused() -> None:
-    with pytest.raises(QuestConfigError, match="kv_dtype: int4; allowed: auto on a GPU"):
-        Engine(Backend, QUEST | {"kv_dtype": "int4"})
 
 
 def test_rows_that_read_everything_have_no_pages_to_score() -> None:

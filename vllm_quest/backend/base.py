@@ -18,6 +18,7 @@ from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.registration import BACKEND_NAME, INT4_CACHE_DTYPE
 
 if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionLayer
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 
@@ -84,6 +85,7 @@ class QuestImpl:
         dense_reason: Why this layer is dense, a key of `layers.DENSE_REASONS`; None for a sparse layer.
         storage: Memory of the workspace through which 4-bit pages are prefilled, the same for all layers;
             None where K and V are in the model's dtype.
+        prefill_workspace: That workspace, set by the builder.
     """
 
     kernels: ClassVar[ModuleType]
@@ -91,6 +93,8 @@ class QuestImpl:
     layout: PageLayout
     dense_reason: str | None
     storage: torch.Tensor | None
+    prefill_workspace: workspace.Workspace | None
+    max_int4_head_size: ClassVar[int | None] = None  # of what the device's kernels read
     scale: float  # vLLM's
     can_return_lse_for_decode: ClassVar[bool] = False
 
@@ -127,6 +131,8 @@ class QuestImpl:
             "logits soft cap": bool(getattr(self, "logits_soft_cap", None)),
             "attention sinks": getattr(self, "sinks", None) is not None,
             "sliding windows with kv_dtype=int4": is_int4 and sliding_window is not None,
+            "this head size with kv_dtype=int4": is_int4
+            and head_size > (self.max_int4_head_size or head_size),
         }
         if any(unsupported.values()):
             raise refusal([explain(feature) for feature, used in unsupported.items() if used])
@@ -157,6 +163,20 @@ class QuestImpl:
         """Stores K, V and the bounds of the touched pages, also in a dense layer; see vLLM's base class."""
         pages = self.pages(kv_cache)
         self.kernels.store(key, value, pages.key, pages.value, pages.bounds, slot_mapping)
+
+    def fill_workspace(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: PageViews,
+        turn: workspace.Turn,
+    ) -> torch.Tensor:
+        """The cache of one turn: its requests' stored context, and their new tokens as they are."""
+        assert self.prefill_workspace is not None
+        cache = self.prefill_workspace.load(self.kernels.dequantize_blocks, pages, turn)
+        super().do_kv_cache_update(layer, key, value, cache, turn.slots)  # type: ignore[misc]
+        return cache
 
     def pages(self, kv_cache: torch.Tensor) -> PageViews:
         """The views into this layer's cache, which vLLM binds once."""

@@ -101,7 +101,7 @@ class QuestCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.workspace = None if storage is None else Workspace(storage, self.layout, self.num_kv_heads)
         counters = CounterFile()
         for layer in self.layers.values():
-            layer.impl.counters, layer.impl.workspace = counters, self.workspace
+            layer.impl.counters, layer.impl.prefill_workspace = counters, self.workspace
         self.configure(config).log(config, self.layout, self.num_kv_heads)
 
     def configure(self, config: QuestConfig) -> LayerPlan:
@@ -192,7 +192,6 @@ class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
 
     kernels: ClassVar[ModuleType] = kernels
     counters: CounterFile
-    workspace: Workspace | None
 
     def forward(
         self,
@@ -219,7 +218,7 @@ class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
             target = output[tokens]  # a view for a slice, a copy for indices
             cache = pages.kv
             if dense.turn is not None:
-                cache = self._fill_workspace(layer, key[tokens], value[tokens], pages, dense.turn)
+                cache = self.fill_workspace(layer, key[tokens], value[tokens], pages, dense.turn)
             attend(query[tokens], key, value, cache, dense.metadata, target)
             if isinstance(tokens, torch.Tensor):
                 output[tokens] = target
@@ -238,15 +237,6 @@ class QuestCPUImpl(QuestImpl, CPUAttentionBackendImpl):
         if rows.sparse is not None:
             output[rows.sparse.tokens] = self._attend_pages(query[rows.sparse.tokens], pages, rows.sparse)
         return output
-
-    def _fill_workspace(
-        self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor, pages: PageViews, turn: Turn
-    ) -> torch.Tensor:
-        """The cache of one turn: its requests' stored context, and their new tokens as they are."""
-        assert self.workspace is not None
-        cache = self.workspace.load(self.kernels.dequantize_blocks, pages, turn)
-        super(QuestImpl, self).do_kv_cache_update(layer, key, value, cache, turn.slots)
-        return cache
 
     def _attend_pages(self, query: torch.Tensor, pages: PageViews, rows: SparseRows) -> torch.Tensor:
         """Score, select, attend, ``[R, Hq, D]``; in a dense layer attend to all pages."""

@@ -1,12 +1,16 @@
 """QUEST on GPUs: vLLM's own dense backend for prefill, page selection for decode rows.
 
+The dense backend cannot read 4-bit pages: then it gets prefill only, through a workspace, and dense layers decode
+with our kernel, which reads all pages.
+
 Nothing here reads a length that only the GPU knows, and what a decode step uses lies in buffers that stay
 where they are: a CUDA graph can hold the step. The classes are mixed into those of vLLM's dense backends.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
@@ -26,9 +30,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm_quest.backend.base import QuestBackend, QuestImpl
 from vllm_quest.backend.counting import StepCounts
 from vllm_quest.backend.layers import LayerPlan
-from vllm_quest.config import QuestConfig, QuestConfigError
+from vllm_quest.backend.workspace import Turn, take_turns
+from vllm_quest.backend.workspace import Workspace as PrefillWorkspace
+from vllm_quest.config import NO_CONTEXT, QuestConfig, QuestConfigError
 from vllm_quest.kernels import triton as kernels
 from vllm_quest.kernels.triton import Workspace
+from vllm_quest.kernels.triton.launch import MAX_INT4_HEAD_SIZE
 from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.metrics import CounterFile
 
@@ -70,18 +77,34 @@ class DecodeRows:
 
 
 @dataclass(frozen=True)
+class PrefillRows:
+    """What one call of vLLM's kernel attends to.
+
+    Attributes:
+        tokens: Their query tokens.
+        metadata: vLLM's metadata of these tokens alone.
+        turn: With 4-bit pages, what has to lie in the workspace; else None.
+    """
+
+    tokens: slice
+    metadata: Any
+    turn: Turn | None = None
+
+
+@dataclass(frozen=True)
 class QuestGPUMetadata:
     """One step, for all layers of a KV group.
 
     Attributes:
         decode: The decode rows; None where every request prefills.
-        prefill: vLLM's metadata of the prefilling requests alone; None where every request decodes.
-        whole: vLLM's metadata of the whole batch, for dense layers; None where no layer needs it.
+        prefill: The prefilling requests: none, all of them, or turn by turn.
+        whole: The whole batch, for dense layers; None where no layer needs it, and with 4-bit pages, which dense
+            layers cut as sparse ones do.
     """
 
     decode: DecodeRows | None
-    prefill: Any
-    whole: Any
+    prefill: tuple[PrefillRows, ...]
+    whole: PrefillRows | None
 
 
 class QuestGPUMetadataBuilder:
@@ -108,8 +131,10 @@ class QuestGPUMetadataBuilder:
         config = QuestConfig.from_vllm_config(vllm_config)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self.supports_draft_decode_metadata_update = False
-        # A builder of its own: vLLM's keeps the schedule of its last batch in one persistent buffer.
-        self.prefill_builder = self.dense_builder(kv_cache_spec, layer_names, vllm_config, device)
+        # A builder of its own: vLLM's keeps the schedule of its last batch in one persistent buffer. What it
+        # reads is in the model's dtype.
+        dense_spec = replace(kv_cache_spec, dtype=vllm_config.model_config.dtype)
+        self.prefill_builder = self.dense_builder(dense_spec, layer_names, vllm_config, device)
         self.spec = kv_cache_spec
         self.max_query_len = max_decode_query_len(vllm_config)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # type: ignore[attr-defined]
@@ -121,6 +146,10 @@ class QuestGPUMetadataBuilder:
         self.counters = CounterFile()
         self.layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         self.layout = PageLayout.of(kv_cache_spec, config, vllm_config.model_config.dtype, for_cpu=False)
+        storage = next(iter(self.layers.values())).impl.storage
+        self.workspace = None
+        if storage is not None:
+            self.workspace = PrefillWorkspace(storage, self.layout, kv_cache_spec.num_kv_heads)
         max_blocks = kv_cache_spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
         # vLLM rounds the width of the block table up.
         self.max_pages = (max_blocks + MAX_BLOCK_PADDING) * self.layout.pages_per_block
@@ -131,14 +160,13 @@ class QuestGPUMetadataBuilder:
 
         A CUDA graph goes on as it was captured: only eager engines can be configured anew.
         """
-        if config.kv_dtype != "auto":
-            raise QuestConfigError("kv_dtype", config.kv_dtype, "auto on a GPU")
         if config.decode_tail:
             raise QuestConfigError(
                 "decode_tail", f"{config.decode_tail}", "0 on a GPU, where only the batch's first rows decode"
             )
         self.config = config
         self.plan = LayerPlan.of(self.layers, config)
+        reads_everything = self.layout.is_int4 and bool(self.plan.dense)
         workspace = Workspace.for_decode(
             max_rows=self.max_rows,
             num_heads=next(iter(self.layers.values())).num_heads,
@@ -148,12 +176,12 @@ class QuestGPUMetadataBuilder:
             budget_pages=config.budget_pages,
             page_size=config.page_size,
             group_reduce=config.group_reduce,
-            min_context=config.sparse_context,
+            min_context=NO_CONTEXT if reads_everything else config.sparse_context,
             device=self.row_lens.device,
         )
         for name, layer in self.layers.items():
             layer.impl.start(config, self.layout, self.plan.dense.get(name))
-            layer.impl.workspace = workspace
+            layer.impl.workspace, layer.impl.prefill_workspace = workspace, self.workspace
         return self.plan
 
     def build(
@@ -177,14 +205,51 @@ class QuestGPUMetadataBuilder:
         request, after = self._rows(batch, decodes, decode_tokens)
         if is_counted:
             self._count(batch, request, after)
-        prefill = None
+        prefill: tuple[PrefillRows, ...] = ()
         if prefills:
-            prefill = self.prefill_builder.build(0, _tail(batch, decodes, decode_tokens), fast_build)
+            rest = _part(batch, decodes, batch.num_reqs)
+            if self.workspace is not None:
+                prefill = tuple(self._through_workspace(rest, decode_tokens, self.workspace, fast_build))
+            else:
+                prefill_metadata = self.prefill_builder.build(0, rest, fast_build)
+                prefill = (PrefillRows(slice(decode_tokens, None), prefill_metadata),)
+        whole = None
+        if self.plan.dense and not self.layout.is_int4:
+            whole = PrefillRows(slice(None), super().build(0, batch, fast_build))  # type: ignore[misc]
         return QuestGPUMetadata(
             decode=self._decode_rows(batch, request, after) if decode_tokens else None,
             prefill=prefill,
-            whole=super().build(0, batch, fast_build) if self.plan.dense else None,  # type: ignore[misc]
+            whole=whole,
         )
+
+    def _through_workspace(
+        self, batch: CommonAttentionMetadata, first_token: int, workspace: PrefillWorkspace, fast_build: bool
+    ) -> Iterator[PrefillRows]:
+        """The prefilling requests, turn by turn; `first_token` is their first one's place in the whole batch."""
+        starts = batch.query_start_loc_cpu.long()
+        seq_lens = batch.seq_lens_cpu_upper_bound  # exact for prefilling requests
+        if seq_lens is None:
+            seq_lens = batch.seq_lens.cpu()
+        query_lens = starts.diff()
+        requests = query_lens.nonzero().flatten()  # the first ones: what pads a batch stands at its end
+        turns = list(
+            take_turns(
+                requests,
+                seq_lens.long()[requests],
+                query_lens[requests],
+                batch.block_table_tensor,
+                self.layout.block_size,
+                len(workspace.kv),
+            )
+        )
+        for turn in turns:
+            first, last = int(turn.requests[0]), int(turn.requests[-1]) + 1
+            part = _part(batch, first, last)
+            part = part.replace(block_table_tensor=turn.block_table, slot_mapping=turn.slots)
+            # vLLM's builder may keep its schedule in one buffer, which the next turn would overwrite.
+            metadata = self.prefill_builder.build(0, part, fast_build or len(turns) > 1)
+            tokens = slice(first_token + int(starts[first]), first_token + int(starts[last]))
+            yield PrefillRows(tokens, metadata, turn)
 
     def _rows(
         self, batch: CommonAttentionMetadata, decodes: int, decode_tokens: int
@@ -234,16 +299,19 @@ class QuestGPUMetadataBuilder:
         counts.add_sparse_layer(self.counters, self.spec.num_kv_heads, self.layout, len(self.plan.sparse))
 
 
-def _tail(batch: CommonAttentionMetadata, requests: int, tokens: int) -> CommonAttentionMetadata:
-    """The batch without its first `requests` requests and `tokens` query tokens."""
+def _part(batch: CommonAttentionMetadata, first: int, last: int) -> CommonAttentionMetadata:
+    """The requests from `first` to before `last` alone."""
+    start, end = (int(batch.query_start_loc_cpu[request]) for request in (first, last))
+    known = batch.seq_lens_cpu_upper_bound
     return batch.replace(
-        query_start_loc=batch.query_start_loc[requests:] - tokens,
-        query_start_loc_cpu=batch.query_start_loc_cpu[requests:] - tokens,
-        seq_lens=batch.seq_lens[requests:],
-        num_reqs=batch.num_reqs - requests,
-        num_actual_tokens=batch.num_actual_tokens - tokens,
-        block_table_tensor=batch.block_table_tensor[requests:],
-        slot_mapping=batch.slot_mapping[tokens:],
+        query_start_loc=batch.query_start_loc[first : last + 1] - start,
+        query_start_loc_cpu=batch.query_start_loc_cpu[first : last + 1] - start,
+        seq_lens=batch.seq_lens[first:last],
+        seq_lens_cpu_upper_bound=None if known is None else known[first:last],
+        num_reqs=last - first,
+        num_actual_tokens=end - start,
+        block_table_tensor=batch.block_table_tensor[first:last],
+        slot_mapping=batch.slot_mapping[start:end],
     )
 
 
@@ -251,6 +319,7 @@ class QuestGPUImpl(QuestImpl):
     """Per layer and step: vLLM's kernel for prefill; score, select and attend for decode."""
 
     kernels: ClassVar[ModuleType] = kernels
+    max_int4_head_size: ClassVar[int | None] = MAX_INT4_HEAD_SIZE
     workspace: Workspace
 
     def forward(
@@ -274,22 +343,46 @@ class QuestGPUImpl(QuestImpl):
             output_scale=output_scale,
             output_block_scale=output_block_scale,
         )
+
+        def attend_dense(rows: PrefillRows) -> None:
+            parts = [tensor[rows.tokens] for tensor in (query, key, value)]
+            cache = pages.kv
+            if rows.turn is not None:
+                cache = self.fill_workspace(layer, *parts[1:], pages, rows.turn)
+            attend(*parts, cache, rows.metadata, output[rows.tokens])
+
         pages = self.pages(kv_cache)
-        if self.dense_reason:
-            return attend(query, key, value, pages.kv, attn_metadata.whole, output)
-        decode_tokens = 0
+        if self.dense_reason and attn_metadata.whole is not None:
+            attend_dense(attn_metadata.whole)
+            return output
         if attn_metadata.decode is not None:
             decode_tokens = len(attn_metadata.decode.seq_lens)
-            self._attend_sparse(query[:decode_tokens], pages, attn_metadata.decode, output[:decode_tokens])
-        if attn_metadata.prefill is not None:
-            rest = (tensor[decode_tokens:] for tensor in (query, key, value))
-            attend(*rest, pages.kv, attn_metadata.prefill, output[decode_tokens:])
+            self._attend_pages(query[:decode_tokens], pages, attn_metadata.decode, output[:decode_tokens])
+        for rows in attn_metadata.prefill:
+            attend_dense(rows)
         return output
 
-    def _attend_sparse(
+    def _attend_pages(
         self, query: torch.Tensor, pages: PageViews, rows: DecodeRows, output: torch.Tensor
     ) -> None:
-        """Score, select, attend: three launches."""
+        """Score, select, attend: three launches; in a dense layer one, which attends to all pages."""
+        page_indices = None if self.dense_reason else self._select_pages(query, pages, rows)
+        self.kernels.attend_pages(
+            query,
+            pages.key,
+            pages.value,
+            rows.block_table,
+            rows.seq_lens,
+            page_indices,
+            self.config.page_size,
+            self.scale,
+            min_context=self.config.sparse_context,
+            value_threshold=self.config.value_threshold,
+            out=output,
+            workspace=self.workspace,
+        )
+
+    def _select_pages(self, query: torch.Tensor, pages: PageViews, rows: DecodeRows) -> torch.Tensor:
         config, workspace = self.config, self.workspace
         scores = self.kernels.score_pages(
             query,
@@ -300,25 +393,11 @@ class QuestGPUImpl(QuestImpl):
             config.group_reduce,
             workspace=workspace,
         )
-        page_indices = self.kernels.select_pages(
+        return self.kernels.select_pages(
             scores,
             rows.num_pages,
             config.budget_pages,
             config.sink_pages,
             config.recent_pages,
-            workspace=workspace,
-        )
-        self.kernels.attend_pages(
-            query,
-            pages.key,
-            pages.value,
-            rows.block_table,
-            rows.seq_lens,
-            page_indices,
-            config.page_size,
-            self.scale,
-            min_context=config.sparse_context,
-            value_threshold=config.value_threshold,
-            out=output,
             workspace=workspace,
         )

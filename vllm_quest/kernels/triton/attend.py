@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_quest.kernels.triton.attend_int4 import Attention, int4_attention
 from vllm_quest.kernels.triton.launch import (
     SPLIT_TOKENS,
     check_cache,
@@ -20,57 +21,15 @@ from vllm_quest.kernels.triton.launch import (
     dot_type,
     split_count,
 )
-from vllm_quest.kernels.triton.split import arrive_last, split_range
+from vllm_quest.kernels.triton.merge import finish_split
+from vllm_quest.kernels.triton.split import split_range
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
-from vllm_quest.layout import KeyCache, ValueCache
+from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, ValueCache
 
 __all__ = ["attend_pages"]
 
 LOG2E = 1.4426950408889634
 EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
-MERGED_ELEMENTS = tl.constexpr(8192)  # of the splits' outputs that a program loads at once
-
-
-@triton.jit
-def _merge_splits(
-    out,
-    stride_out_head,
-    partials,
-    lse,
-    active,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-):
-    """Writes the sum of the splits' outputs, each weighted by its share of the softmax.
-
-    Every thread has elements of its own and loads those of several splits at once: the threads need not wait
-    for each other, and the latency of the loads shows once, not once per split.
-    """
-    AT_ONCE: tl.constexpr = max(1, min(8, MERGED_ELEMENTS // (HEADS * HEAD_PAD)))
-    element = tl.arange(0, HEADS * HEAD_PAD)
-    head, channel = element // HEAD_PAD, element % HEAD_PAD
-    inside = (head < GROUP) & (channel < HEAD_SIZE)
-    lse += head
-    partials += head * HEAD_SIZE + channel
-    peak = tl.full([HEADS * HEAD_PAD], float("-inf"), tl.float32)
-    for split in range(0, active):
-        peak = tl.maximum(peak, tl.load(lse + split * GROUP, mask=inside, other=float("-inf")))
-    # Splits whose tokens are all invisible have -inf: they must weigh nothing, and not make a NaN.
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    known_splits = tl.where(inside, active, 0)
-    norm = tl.zeros([HEADS * HEAD_PAD], tl.float32)
-    acc = tl.zeros([HEADS * HEAD_PAD], tl.float32)
-    for first in range(0, active, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            split = first + i
-            known = split < known_splits
-            weight = tl.exp2(tl.load(lse + split * GROUP, mask=known, other=float("-inf")) - peak)
-            norm += weight
-            acc += weight * tl.load(partials + split * GROUP * HEAD_SIZE, mask=known, other=0.0)
-    acc = acc / tl.where(norm > 0.0, norm, 1.0)
-    tl.store(out + head * stride_out_head + channel, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -150,11 +109,10 @@ def _attend_kernel(
     channel = tl.arange(0, HEAD_PAD)[None, :]
     inside = (head < GROUP) & (channel < HEAD_SIZE)
     out += row * stride_out_row + kv_head * GROUP * stride_out_head
-    mine = out + head * stride_out_head + channel
     acc = tl.zeros([16, HEAD_PAD], tl.float32)
     if first >= end:
         if active == 0 and split == 0:
-            tl.store(mine, acc.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + head * stride_out_head + channel, acc.to(out.dtype.element_ty), mask=inside)
         return
 
     query += row * stride_query_row + kv_head * GROUP * stride_query_head
@@ -194,21 +152,34 @@ def _attend_kernel(
         acc = tl.dot(weights.to(DOT), value, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak
 
-    acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
-    if active > 1:
-        pair = row * tl.num_programs(1) + kv_head
-        partials = scratch + pair * splits * GROUP * HEAD_SIZE
-        lse = (
-            scratch
-            + (tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * HEAD_SIZE + pair) * splits * GROUP
-        )
-        heads = tl.arange(0, 16)
-        tl.store(partials + (split * GROUP + head) * HEAD_SIZE + channel, acc, mask=inside)
-        tl.store(lse + split * GROUP + heads, peak + tl.log2(norm), mask=heads < GROUP)
-        if arrive_last(arrivals + pair, active):
-            _merge_splits(out, stride_out_head, partials, lse, active, GROUP, HEADS, HEAD_SIZE, HEAD_PAD)
-    else:
-        tl.store(mine, acc.to(out.dtype.element_ty), mask=inside)
+    channels = tl.arange(0, HEAD_PAD)
+    finish_split(
+        acc, peak, norm, out, scratch, arrivals, row, kv_head, split, splits, active, stride_out_head,
+        channels, channels < HEAD_SIZE, GROUP, HEADS, HEAD_SIZE, HEAD_PAD,
+    )  # fmt: skip
+
+
+def _attention(
+    key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: int, value_threshold: float | None
+) -> Attention:
+    """Attention over K and V in the model's dtype."""
+    check_cache(key_cache, value_cache, page_size)
+    _, num_kv_heads, block_size, head_size = key_cache.shape
+    kernel = "attend" if value_threshold is None else "attend_near"
+    return Attention(
+        kernel=_attend_kernel,
+        parts=(key_cache, value_cache),
+        strides=key_cache.stride()[:2],
+        constants={
+            "HEAD_SIZE": head_size,
+            "HEAD_PAD": triton.next_power_of_2(head_size),
+            "TOKEN_STRIDE": key_cache.stride(2),
+            "BLOCK_SIZE": block_size,
+            "PAGE_SIZE": page_size,
+        },
+        num_kv_heads=num_kv_heads,
+        choice=choose(kernel, head_size, key_cache.device),
+    )
 
 
 def attend_pages(
@@ -230,8 +201,8 @@ def attend_pages(
 
     Args:
         query: ``[R, Hq, D]``, contiguous in D; Hq / H at most 16.
-        key_cache: ``[B, H, N, D]``, contiguous in D.
-        value_cache: ``[B, H, N, D]``, with the strides of `key_cache`.
+        key_cache: ``[B, H, N, D]``, contiguous in D, or 4-bit codes.
+        value_cache: ``[B, H, N, D]``, with the strides of `key_cache`, or 4-bit codes.
         block_table: ``[R, M]`` int32; only entries of pages to read are read.
         seq_lens: ``[R]`` int32; the last page may be partly filled. 0 for the padding rows of a CUDA graph.
         page_indices: ``[R, H, K]`` int32, as `select_pages` returns it: K of the row's pages in ascending
@@ -250,12 +221,15 @@ def attend_pages(
     Raises:
         ValueError: A shape or stride that the kernel does not handle.
     """
-    assert isinstance(key_cache, torch.Tensor)
-    assert isinstance(value_cache, torch.Tensor)
+    if isinstance(key_cache, Int4Keys) and isinstance(value_cache, Int4Values):
+        attention = int4_attention(key_cache, value_cache, page_size, value_threshold)
+    else:
+        assert isinstance(key_cache, torch.Tensor)
+        assert isinstance(value_cache, torch.Tensor)
+        attention = _attention(key_cache, value_cache, page_size, value_threshold)
     rows, num_heads, head_size = query.shape
-    num_kv_heads, block_size = key_cache.shape[1:3]
+    num_kv_heads = attention.num_kv_heads
     group = check_group(num_heads, num_kv_heads)
-    check_cache(key_cache, value_cache, page_size)
     if page_indices is None:  # its place is taken by what is not read
         page_indices, min_context = block_table[:, None], EVERY_ROW
     budget_pages = page_indices.shape[2]
@@ -266,19 +240,17 @@ def attend_pages(
     if out.shape != query.shape or out.stride(2) != 1:
         raise ValueError(f"out: {tuple(out.shape)}; needed: {tuple(query.shape)}, contiguous in D")
 
-    choice = choose("attend" if value_threshold is None else "attend_near", head_size, query.device)
     pairs = rows * num_kv_heads
-    max_pages = block_table.shape[1] * (block_size // page_size)
+    max_pages = block_table.shape[1] * (attention.constants["BLOCK_SIZE"] // page_size)
     most_tokens = longest_read(max_pages, budget_pages, page_size, min_context)
     splits = split_count("attend", pairs, triton.cdiv(most_tokens, SPLIT_TOKENS), query.device)
     needed = attend_scratch(pairs, group, head_size, most_tokens, query.device)
     if workspace is None:
         workspace = Workspace.allocate(needed, pairs, query.device)
     workspace.check(needed, pairs)
-    _attend_kernel[(splits, num_kv_heads, rows)](
+    attention.kernel[(splits, num_kv_heads, rows)](
         query,
-        key_cache,
-        value_cache,
+        *attention.parts,
         block_table,
         seq_lens,
         page_indices,
@@ -292,8 +264,7 @@ def attend_pages(
         min_context,
         query.stride(0),
         query.stride(1),
-        key_cache.stride(0),
-        key_cache.stride(1),
+        *attention.strides,
         block_table.stride(0),
         page_indices.stride(0),
         page_indices.stride(1),
@@ -301,14 +272,10 @@ def attend_pages(
         out.stride(1),
         GROUP=group,
         HEADS=triton.next_power_of_2(group),
-        HEAD_SIZE=head_size,
-        HEAD_PAD=triton.next_power_of_2(head_size),
-        TOKEN_STRIDE=key_cache.stride(2),
-        BLOCK_SIZE=block_size,
-        PAGE_SIZE=page_size,
-        TILE=choice.tile,
-        DOT=dot_type(key_cache.dtype),
-        num_warps=choice.num_warps,
-        num_stages=choice.num_stages,
+        TILE=attention.choice.tile,
+        DOT=dot_type(query.dtype),
+        num_warps=attention.choice.num_warps,
+        num_stages=attention.choice.num_stages,
+        **attention.constants,
     )
     return out

@@ -10,21 +10,24 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.layout import PageBounds
+from vllm_quest.layout import Int4Keys, Int4Values, PageBounds
 
 __all__ = [
     "CHUNK",
     "GROUP_PAD",
+    "MAX_INT4_HEAD_SIZE",
     "SPLIT_TOKENS",
     "Choice",
     "bound_strides",
     "check_bounds",
     "check_cache",
     "check_group",
+    "check_int4",
     "choose",
     "dot_type",
     "split_count",
     "split_total",
+    "value_words",
 ]
 
 # A program of few tiles costs little; a GPU that waits for the longest row costs much. So every row is cut
@@ -36,6 +39,8 @@ SPLIT_TOKENS = 128
 # One program merges what the splits of a row found: the outputs of all splits, but only the sums of scores.
 _MAX_SPLITS = {"score": 256, "attend": 32}
 
+# Beyond, a tile of 4-bit K and V with its bounds does not fit into the registers of every architecture.
+MAX_INT4_HEAD_SIZE = 128
 GROUP_PAD = 16  # a tensor core takes at least this many query heads
 CHUNK = 4096  # pages that one program of the selection holds in registers
 
@@ -67,6 +72,10 @@ _CHOICES = {
     ("attend_near", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
     ("attend_near", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
     ("attend_near", "cdna"): {64: Choice(32, 4, 1), 128: Choice(32, 4, 1), 256: Choice(32, 4, 1)},
+    ("attend_int4", "ampere"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2)},
+    ("attend_int4", "hopper"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2)},
+    ("attend_int4", "blackwell"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2)},
+    ("attend_int4", "cdna"): {64: Choice(64, 4, 1), 128: Choice(64, 4, 1)},
 }
 
 
@@ -169,3 +178,40 @@ def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: i
             f"key_cache, value_cache: strides {key_cache.stride()} and {value_cache.stride()}; needed: the "
             f"same, and contiguous in D"
         )
+
+
+def check_int4(key_cache: Int4Keys, value_cache: Int4Values) -> None:
+    """ValueError where 4-bit pages do not lie as a token-major `PageLayout` puts them."""
+    codes, params = key_cache.codes, value_cache.params
+    blocks, heads, pages, half, dim = codes.shape
+    if not 16 <= dim <= MAX_INT4_HEAD_SIZE or dim % 16:
+        raise ValueError(
+            f"head_size: {dim}; allowed for 4-bit pages: multiples of 16 up to {MAX_INT4_HEAD_SIZE}"
+        )
+    if half < 4 or half & (half - 1):
+        raise ValueError(f"page_size: {2 * half}; allowed: a power of two, at least 8")
+    expected = {
+        "key_cache": (codes, (blocks, heads, pages, half, dim), (half * dim, dim, 1)),
+        "key_cache.residual": (key_cache.residual, (blocks, heads, half, dim), (dim, 1)),
+        "value_cache": (value_cache.codes, (blocks, heads, pages, half, dim), (half * dim, dim, 1)),
+        "value_cache.residual": (value_cache.residual, (blocks, heads, half, dim), (dim, 1)),
+    }
+    for name, (tensor, shape, strides) in expected.items():
+        if tensor.shape != shape or tensor.stride() != (*codes.stride()[:2], *strides):
+            raise ValueError(
+                f"{name}: {tuple(tensor.shape)} with strides {tensor.stride()}; needed: {shape}, in token-major "
+                f"pages, with the block and head strides of key_cache"
+            )
+    groups = params.shape[3]
+    if params.shape != (blocks, heads, pages * 2 * half, groups, 2) or params.stride()[2:] != (
+        2 * groups,
+        2,
+        1,
+    ):
+        raise ValueError(f"value_cache.params: {tuple(params.shape)} with strides {params.stride()}")
+    check_bounds(key_cache.bounds, dim)
+
+
+def value_words(value_cache: Int4Values) -> torch.Tensor:
+    """``[B, H, N, G]`` int32: zero point and scale, both bfloat16, in one word."""
+    return value_cache.params.view(torch.int32).squeeze(-1)

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from vllm_quest.kernels.triton.bounds import write_bounds
 from vllm_quest.kernels.triton.launch import bound_strides, check_bounds, check_cache
-from vllm_quest.layout import KeyCache, PageBounds, ValueCache
+from vllm_quest.kernels.triton.store_int4 import store_int4
+from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, PageBounds, ValueCache
 
 __all__ = ["store"]
 
@@ -149,14 +150,14 @@ def store(
 ) -> None:
     """Writes K and V of new tokens and the bounds of every page they touch. One launch.
 
-    The new tokens of one page follow each other in `slot_mapping`, in the order of their slots, as vLLM
-    schedules them; padding may stand anywhere else.
+    The new tokens of one page, for 4-bit pages those of one block, follow each other in `slot_mapping`, in the
+    order of their slots, as vLLM schedules them; padding may stand anywhere else.
 
     Args:
         key: ``[T, H, D]``, the model's dtype, contiguous in D.
         value: ``[T, H, D]``, likewise.
-        key_cache: ``[B, H, N, D]`` in the model's dtype, contiguous in D; written.
-        value_cache: ``[B, H, N, D]``, with the strides of `key_cache`; written.
+        key_cache: ``[B, H, N, D]`` in the model's dtype, contiguous in D, or 4-bit codes; written.
+        value_cache: ``[B, H, N, D]``, with the strides of `key_cache`, or 4-bit codes; written.
         bounds: kmin and kmax of each page, written. A page holds a power of two of tokens.
         slot_mapping: ``[T]`` int64, ``block * N + position in the block``; -1 is padding and is skipped. Rows
             of `key` beyond T are padding too.
@@ -164,6 +165,9 @@ def store(
     Raises:
         ValueError: A shape, stride or dtype that the kernel does not handle.
     """
+    if isinstance(key_cache, Int4Keys) and isinstance(value_cache, Int4Values):
+        store_int4(key, value, key_cache, value_cache, slot_mapping)
+        return
     assert isinstance(key_cache, torch.Tensor)
     assert isinstance(value_cache, torch.Tensor)
     num_kv_heads, block_size, head_size = key_cache.shape[1:]

@@ -1,0 +1,95 @@
+"""4-bit pages on the GPU backend: what prefill and decode rows see, through the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vllm.config import set_current_vllm_config
+
+from tests.backend.harness import HEAD_SIZE, HEADS, KV_HEADS, Engine, inputs, vllm_config
+from tests.backend.test_gpu import Backend, Impl
+from tests.backend.test_int4 import DENSE, INT4, attention, decoded, stored
+from vllm_quest.backend.workspace import Workspace
+from vllm_quest.kernels.triton.launch import MAX_INT4_HEAD_SIZE
+
+# The interpreter computes masked lanes too, and numpy warns of what it finds there.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+
+def assert_reads(output: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    torch.testing.assert_close(output, attention(query, keys, values), rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_chunk_is_the_dense_result_to_the_bit() -> None:
+    work = [(0, 60, True), (1, 17, True)]
+    dense, int4 = (Engine(Backend, quest) for quest in (DENSE, INT4))
+    for expected, out in zip(dense.step(work, 0), int4.step(work, 0), strict=True):
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("metadata_dtype", ["auto", "int8"])
+def test_later_chunks_see_the_stored_context_and_themselves_as_they_are(metadata_dtype) -> None:
+    engine = Engine(Backend, INT4 | {"metadata_dtype": metadata_dtype})
+    engine.step([(0, 101, True), (3, 40, True)], seed=0)
+    outputs = engine.step([(3, 1, False), (0, 70, True)], seed=1)
+    for layer, output in enumerate(outputs):
+        query, key, value = inputs(71, layer, seed=1)
+        assert_reads(output[:1], query[:1], *decoded(engine, layer, request=3))
+        keys, values = stored(engine, layer, request=0)
+        keys, values = torch.cat((keys[:101], key[1:])), torch.cat((values[:101], value[1:]))
+        assert_reads(output[1:], query[1:], keys, values)
+
+
+def test_prompts_that_do_not_fit_together_take_turns() -> None:
+    """Two prompts and a decoding request, in a workspace of 160 tokens."""
+    engine = Engine(Backend, INT4)
+    storage = engine.builder.workspace.kv.flatten()[: 160 * KV_HEADS * 2 * HEAD_SIZE]
+    workspace = Workspace(storage, engine.builder.layout, KV_HEADS)
+    engine.builder.workspace = workspace
+    for layer in engine.layers.values():
+        layer.impl.prefill_workspace = workspace
+    engine.step([(0, 30, True)], seed=0)
+    for request, tokens in ((1, 100), (2, 90)):
+        engine.step([(request, tokens, True)], seed=request)
+    outputs = engine.step([(0, 1, False), (1, 15, True), (2, 15, True)], seed=9)
+    for layer, output in enumerate(outputs):
+        query, key, value = inputs(31, layer, seed=9)
+        assert_reads(output[:1], query[:1], *decoded(engine, layer, 0))
+        for request, new in ((1, slice(1, 16)), (2, slice(16, 31))):
+            keys, values = stored(engine, layer, request)
+            keys, values = torch.cat((keys[:-15], key[new])), torch.cat((values[:-15], value[new]))
+            assert_reads(output[new], query[new], keys, values)
+
+
+def test_short_contexts_and_dense_layers_read_everything() -> None:
+    engine = Engine(Backend, INT4 | {"token_budget": 48, "dense_layers": 1, "min_context": 120})
+    engine.step([(0, 110, True), (2, 200, True)], seed=0)
+    outputs = engine.step([(0, 1, False), (2, 1, False)], seed=1)
+    for layer, output in enumerate(outputs):
+        query, _, _ = inputs(2, layer, seed=1)
+        for row, request in enumerate((0, 2)):
+            expected = attention(query[row, None], *decoded(engine, layer, request))[0]
+            is_dense = layer == 0 or request == 0
+            assert torch.allclose(output[row], expected, rtol=1e-4, atol=1e-5) == is_dense
+
+
+def test_drafts_see_what_single_tokens_see_but_for_the_residual() -> None:
+    """The rows before a draft's last one have a shorter context, whose page may have gone on by then."""
+    engine = Engine(Backend, INT4, speculated=2)
+    engine.step([(0, 45, True)], seed=0)
+    outputs = engine.step([(0, 3, False)], seed=1)
+    for layer, output in enumerate(outputs):
+        query, _, _ = inputs(3, layer, seed=1)
+        keys, values = decoded(engine, layer, 0)
+        for row in range(3):
+            seen = len(keys) - 2 + row
+            assert_reads(output[row, None], query[row, None], keys[:seen], values[:seen])
+
+
+def test_heads_that_registers_cannot_hold_are_refused() -> None:
+    config = vllm_config(INT4, {})
+    arguments = (1.0, KV_HEADS, None, None, "auto")
+    with set_current_vllm_config(config):
+        assert Impl(HEADS, MAX_INT4_HEAD_SIZE, *arguments).storage is not None
+        with pytest.raises(ValueError, match="head size with kv_dtype=int4 not supported .a GPU's registers"):
+            Impl(HEADS, MAX_INT4_HEAD_SIZE + 16, *arguments)

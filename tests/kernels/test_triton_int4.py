@@ -1,0 +1,160 @@
+"""The Triton operations on 4-bit pages against the reference: every byte that is stored, and what is read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from tests.kernels.cache import PagedCache
+from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
+from tests.kernels.test_operations import STEPS_WITH_DRAFTS, run_steps
+from vllm_quest.kernels import reference, triton
+from vllm_quest.layout import PageViews
+
+# The interpreter computes masked lanes too, and numpy warns of what it finds there.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+# dtype, page size, head size, KV heads, group, bounds, groups of V
+CONFIGURATIONS = [
+    (DTYPES[-1], 8, 64, 2, 4, "int8", 1),
+    (DTYPES[0], 16, 128, 1, 8, "int8", 4),
+    (DTYPES[1], 32, 80, 3, 1, "auto", 1),
+    (DTYPES[0], 64, 96, 2, 3, "auto", 3),
+    (DTYPES[0], 16, 96, 1, 16, "int8", 2),  # 48 channels of V in a group
+]
+EVERY_CONFIGURATION = pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+
+
+def new_cache(configuration: tuple, seed: int = 0) -> PagedCache:
+    dtype, page_size, head_size, heads, _, bounds, groups = configuration
+    return PagedCache(
+        num_blocks=24,
+        num_kv_heads=heads,
+        block_size=64,
+        page_size=page_size,
+        head_size=head_size,
+        dtype=dtype,
+        for_cpu=False,
+        seed=seed,
+        kv_dtype="int4",
+        metadata_dtype=bounds,
+        value_groups=groups,
+    )
+
+
+def bytes_of(views: PageViews) -> torch.Tensor:
+    """Every stored byte of an int4 cache, except that zeros have no sign."""
+    parts = [*views.key[:2], *views.value, *views.bounds]
+    return torch.cat(
+        [
+            (part + 0.0 if part.is_floating_point() else part).contiguous().view(torch.uint8).flatten()
+            for part in parts
+            if part is not None
+        ]
+    )
+
+
+def store_into(cache: PagedCache):
+    """`triton.store` for `cache`, compared with the reference: to the bit, where no GPU fuses operations."""
+
+    def store(key, value, key_cache, value_cache, bounds, slot_mapping) -> None:
+        expected, written = cache.cache.clone(), cache.cache.to(DEVICE)
+        views = cache.layout.views(expected)
+        reference.store(key, value, views.key, views.value, views.bounds, slot_mapping)
+        on_gpu = cache.layout.views(written)
+        triton.store(*on_device(key, value), on_gpu.key, on_gpu.value, on_gpu.bounds, slot_mapping.to(DEVICE))
+        cache.cache.copy_(written)
+        different = bytes_of(cache.pages) != bytes_of(views)
+        if DEVICE.type == "cpu":
+            assert not different.any()
+        else:  # codes at a tie
+            assert different.float().mean() < 1e-3
+
+    return store
+
+
+@EVERY_CONFIGURATION
+def test_store_writes_the_references_bytes(configuration) -> None:
+    cache = new_cache(configuration)
+    store = store_into(cache)
+    first, second, third = (cache.new_request() for _ in range(3))
+    cache.append(store, {first: 577, second: 17}, padding=3)  # a program looks after many tokens
+    cache.append(store, {first: 1, second: 66, third: 5})  # a program per token; chunks begin inside a page
+    for _ in range(3):
+        cache.append(store, {first: 1, second: 1, third: 1}, padding=2)
+    grown = torch.full((1, configuration[3], configuration[2]), 50.0, dtype=configuration[0])
+    cache.append(store, {third: 1}, key=grown)  # the range grows
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(steps=STEPS_WITH_DRAFTS)
+def test_any_schedule(steps) -> None:
+    cache = new_cache((DTYPES[-1], 8, 16, 1, 1, "int8", 1))
+    run_steps(cache, store_into(cache), steps)
+
+
+LENGTHS = [209, 1, 17, 63]
+
+
+@pytest.fixture(params=CONFIGURATIONS, ids=str)
+def case(request):
+    """Four requests in scattered blocks, everything unwritten poison; their rows; a query."""
+    dtype, _, head_size, heads, group, _, _ = request.param
+    cache = new_cache(request.param)
+    requests = [cache.new_request() for _ in LENGTHS]
+    cache.append(reference.store, {r: n // 2 for r, n in zip(requests, LENGTHS, strict=True)}, padding=2)
+    cache.append(reference.store, {r: n - n // 2 for r, n in zip(requests, LENGTHS, strict=True)})
+    query = torch.from_numpy(cache.rng.standard_normal((len(LENGTHS), heads * group, head_size))).to(dtype)
+    return cache, cache.rows(requests), query
+
+
+def selected(
+    cache: PagedCache, query: torch.Tensor, table: torch.Tensor, num_pages: torch.Tensor, budget: int
+):
+    scores = reference.score_pages(query, cache.pages.bounds, table, num_pages, 1.0, "max")
+    return reference.select_pages(scores, num_pages, budget, 1, 2)
+
+
+def assert_attends(cache, query, table, seq_lens, indices, **kwargs) -> None:
+    size, scale = cache.layout.page_size, cache.layout.head_size**-0.5
+    expected = reference.attend_pages(
+        query, cache.pages.key, cache.pages.value, table, seq_lens, indices, size, scale, **kwargs
+    )
+    views = cache.layout.views(cache.cache.to(DEVICE))
+    arguments = on_device(query, views.key, views.value, table, seq_lens, indices)
+    actual = triton.attend_pages(*arguments, size, scale, **kwargs).cpu()
+    bound = TOLERANCE[query.dtype]
+    torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("budget", [3, 7, None])
+def test_attention_is_the_references(case, budget) -> None:
+    cache, (table, seq_lens, num_pages), query = case
+    indices = None if budget is None else selected(cache, query, table, num_pages, budget)
+    assert_attends(cache, query, table, seq_lens, indices)
+    if budget == 3:
+        assert_attends(cache, query, table, seq_lens, indices, min_context=100)
+
+
+def test_dequantized_blocks_are_the_references(case) -> None:
+    cache, _, query = case
+    _, heads, size, _ = cache.cache.shape
+    context = cache.requests[0]
+    blocks = torch.tensor(context.blocks, dtype=torch.int32)
+    wanted = (len(context.keys) - torch.arange(len(blocks)) * size).clamp(0, size).int()
+    wanted[1], wanted[2] = 0, size // 2 - 1
+    outputs = []
+    for ops in (triton, reference):
+        device = DEVICE if ops is triton else torch.device("cpu")
+        views = cache.layout.views(cache.cache.to(device))
+        shape = (len(blocks) + 1, heads, size, 2 * query.shape[2])
+        out = torch.full(shape, torch.nan, dtype=query.dtype, device=device)
+        arguments = (tensor.to(device) for tensor in (blocks, wanted))
+        ops.dequantize_blocks(views.key, views.value, *arguments, *out.chunk(2, -1))
+        outputs.append(out.cpu())
+    exact = DEVICE.type == "cpu" and query.dtype != torch.bfloat16  # to which the interpreter rounds its way
+    bound = 0 if exact else TOLERANCE[query.dtype]
+    torch.testing.assert_close(*outputs, rtol=bound, atol=0, equal_nan=True)
+    assert outputs[0][:-1].isfinite().all()
+    assert outputs[0][-1].isnan().all()

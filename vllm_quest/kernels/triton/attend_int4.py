@@ -1,0 +1,382 @@
+"""`attend_pages` over 4-bit pages: as in `attend`, but K and V are dequantized in registers.
+
+A tile is of byte rows; each holds two tokens of a page, so that K, V and the logits come as two tiles. Residuals
+are of a row's last page, which is in its last tile: that one comes after the others.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from vllm_quest.kernels.triton.codes import NO_FRACTION, fraction, group_channels, split_words
+from vllm_quest.kernels.triton.launch import Choice, bound_strides, check_int4, choose, value_words
+from vllm_quest.kernels.triton.merge import finish_split
+from vllm_quest.kernels.triton.split import split_range
+from vllm_quest.layout import Int4Keys, Int4Values
+
+__all__ = ["Attention", "int4_attention"]
+
+PART = tl.constexpr(1 / 15)  # of a range, a quantizer's step
+TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
+
+
+@triton.jit
+def _codes(bytes, rest, IS_LAST: tl.constexpr):
+    """Codes of the low and the high tokens in float32; of 8 bits, where there is a residual."""
+    bytes = bytes.to(tl.int32)
+    low, high = (bytes & 15).to(tl.float32), (bytes >> 4).to(tl.float32)
+    if IS_LAST:
+        rest = rest.to(tl.int32)
+        low += fraction(rest & 15)
+        high += fraction(rest >> 4)
+    return low, high
+
+
+@triton.jit
+def _values(codes, params, mask, GROUPS_PAD: tl.constexpr):
+    """V from its codes ``[n, GROUPS_PAD * c]`` and words at `params`, ``[n, GROUPS_PAD]``."""
+    SHAPE: tl.constexpr = [codes.shape[0], GROUPS_PAD, codes.shape[1] // GROUPS_PAD]
+    zero, scale = split_words(tl.load(params, mask=mask, other=0))
+    return (zero[:, :, None] + scale[:, :, None] * codes.reshape(SHAPE)).reshape(codes.shape)
+
+
+@triton.jit
+def _attend_tile(
+    q,
+    acc,
+    peak,
+    norm,
+    start,
+    listed,
+    seq_len,
+    reads_list,
+    residual_page,
+    key_codes,
+    key_residual,
+    value_codes,
+    value_params,
+    value_residual,
+    bounds,
+    bound_params,
+    block_table,
+    page_indices,
+    scale_log2,
+    least_weight,
+    stride_block,
+    stride_params,
+    stride_bounds,
+    stride_bound_params,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DOT: tl.constexpr,
+    IS_LAST: tl.constexpr,
+):
+    """The softmax so far, with the tokens of ROWS byte rows from `start` on."""
+    HALF: tl.constexpr = PAGE_SIZE // 2
+    slot = start + tl.arange(0, ROWS)
+    page = tl.load(page_indices + slot // HALF, mask=slot < listed, other=-1)
+    page = tl.where(reads_list, page, slot // HALF)
+    half_row = slot % HALF
+    token = page * PAGE_SIZE + half_row
+    low_seen = (page >= 0) & (token < seq_len)
+    high_seen = (page >= 0) & (token + HALF < seq_len)
+    block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=low_seen, other=0).to(tl.int64)
+    page_in_block = page % PAGES_PER_BLOCK
+    row = block * stride_block + (page_in_block * HALF + half_row) * HEAD_SIZE
+
+    channel = tl.arange(0, HEAD_PAD)[None, :]
+    loaded = low_seen[:, None] & (channel < HEAD_SIZE)
+    key_bytes = tl.load(key_codes + row[:, None] + channel, mask=loaded, other=0)
+    bound_row = bounds + (block * stride_bounds + page_in_block * (2 * HEAD_SIZE))[:, None] + channel
+    kmin = tl.load(bound_row, mask=loaded, other=0).to(tl.float32)
+    kmax = tl.load(bound_row + HEAD_SIZE, mask=loaded, other=0).to(tl.float32)
+    if bound_params is not None:
+        pair = bound_params + block * stride_bound_params + page_in_block * 2
+        scale = tl.load(pair + 1, mask=low_seen, other=0.0)[:, None]
+        step = (scale * PART) * (kmax - kmin)
+        kmin = tl.load(pair, mask=low_seen, other=0.0)[:, None] + scale * kmin
+    else:
+        step = kmax * PART - kmin * PART
+    residual_row = block * stride_block + half_row * HEAD_SIZE
+    has_residual = low_seen & (page == residual_page)
+    key_rest = key_bytes
+    if IS_LAST:
+        rest_mask = has_residual[:, None] & (channel < HEAD_SIZE)
+        key_rest = tl.load(key_residual + residual_row[:, None] + channel, mask=rest_mask, other=0x88)
+        # The tag's place: the page's last token has 4 bits.
+        is_tag = (half_row == HALF - 1)[:, None]
+        key_rest = tl.where(is_tag, key_rest & 15 | (NO_FRACTION << 4), key_rest)
+    low, high = _codes(key_bytes, key_rest, IS_LAST)
+    low_logits = tl.dot(q, tl.trans((kmin + step * low).to(DOT)), input_precision="ieee") * scale_log2
+    high_logits = tl.dot(q, tl.trans((kmin + step * high).to(DOT)), input_precision="ieee") * scale_log2
+    low_logits = tl.where(low_seen[None, :], low_logits, float("-inf"))  # [16, ROWS]
+    high_logits = tl.where(high_seen[None, :], high_logits, float("-inf"))
+
+    new_peak = tl.maximum(peak, tl.max(tl.maximum(low_logits, high_logits), 1))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    low_weights, high_weights = tl.exp2(low_logits - base[:, None]), tl.exp2(high_logits - base[:, None])
+    rescale = tl.exp2(peak - base)
+    read = low_seen
+    if least_weight is not None:
+        in_group = tl.arange(0, 16)[:, None] < GROUP
+        low_read = tl.max(tl.where(in_group, low_weights, 0.0), 0) > least_weight
+        high_read = tl.max(tl.where(in_group, high_weights, 0.0), 0) > least_weight
+        low_weights = tl.where(low_read[None, :], low_weights, 0.0)
+        high_weights = tl.where(high_read[None, :], high_weights, 0.0)
+        read = low_seen & (low_read | high_read)
+    norm = norm * rescale + tl.sum(low_weights + high_weights, 1)
+
+    value_channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    value_mask = read[:, None] & in_head[None, :]
+    value_bytes = tl.load(value_codes + row[:, None] + value_channel[None, :], mask=value_mask, other=0)
+    value_rest = value_bytes
+    if IS_LAST:
+        value_rest = tl.load(
+            value_residual + residual_row[:, None] + value_channel[None, :],
+            mask=value_mask & has_residual[:, None],
+            other=0x88,
+        )
+    low, high = _codes(value_bytes, value_rest, IS_LAST)
+    group = tl.arange(0, GROUPS_PAD)[None, :]
+    params = block * stride_params + (page_in_block * PAGE_SIZE + half_row) * GROUPS
+    params = value_params + params[:, None] + group
+    in_groups = group < GROUPS
+    low_value = _values(low, params, low_seen[:, None] & in_groups, GROUPS_PAD)
+    acc = tl.dot(low_weights.to(DOT), low_value.to(DOT), acc * rescale[:, None], input_precision="ieee")
+    high_value = _values(high, params + HALF * GROUPS, high_seen[:, None] & in_groups, GROUPS_PAD)
+    acc = tl.dot(high_weights.to(DOT), high_value.to(DOT), acc, input_precision="ieee")
+    return acc, new_peak, norm
+
+
+@triton.jit(do_not_specialize=["splits", "min_context"])
+def _attend_int4_kernel(
+    query,
+    key_codes,
+    key_residual,
+    value_codes,
+    value_params,
+    value_residual,
+    bounds,
+    bound_params,
+    block_table,
+    seq_lens,
+    page_indices,
+    out,
+    scratch,
+    arrivals,
+    scale_log2,
+    least_weight,
+    splits,
+    budget_pages,
+    min_context,
+    stride_query_row,
+    stride_query_head,
+    stride_block,
+    stride_kv_head,
+    stride_params,
+    stride_params_head,
+    stride_bounds,
+    stride_bounds_head,
+    stride_bound_params,
+    stride_bound_params_head,
+    stride_table,
+    stride_pages_row,
+    stride_pages_head,
+    stride_out_row,
+    stride_out_head,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    HALF: tl.constexpr = PAGE_SIZE // 2
+    PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
+    ROWS: tl.constexpr = TILE // 2
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    seq_len = tl.load(seq_lens + row)
+    reads_list = seq_len >= min_context
+    pages = tl.cdiv(seq_len, PAGE_SIZE)
+    total = tl.where(reads_list, tl.minimum(pages, budget_pages), pages) * HALF
+    first, end, active = split_range(total, ROWS, split, splits)
+    out += row * stride_out_row + kv_head * GROUP * stride_out_head
+    value_channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    head = tl.arange(0, 16)
+    channel = tl.arange(0, HEAD_PAD)
+    inside = (head < GROUP)[:, None] & (channel < HEAD_SIZE)[None, :]
+    if first >= end:
+        if active == 0 and split == 0:
+            nothing = tl.zeros([16, HEAD_PAD], tl.float32).to(out.dtype.element_ty)
+            tl.store(out + head[:, None] * stride_out_head + channel[None, :], nothing, mask=inside)
+        return
+
+    query += row * stride_query_row + kv_head * GROUP * stride_query_head
+    q = tl.load(query + head[:, None] * stride_query_head + channel[None, :], mask=inside, other=0.0).to(DOT)
+    key_codes += kv_head * stride_kv_head
+    key_residual += kv_head * stride_kv_head
+    value_codes += kv_head * stride_kv_head
+    value_residual += kv_head * stride_kv_head
+    value_params += kv_head * stride_params_head
+    bounds += kv_head * stride_bounds_head
+    if bound_params is not None:
+        bound_params += kv_head * stride_bound_params_head
+    block_table += row * stride_table
+    page_indices += row * stride_pages_row + kv_head * stride_pages_head
+    acc = tl.zeros([16, GROUPS_PAD * GROUP_PAD], tl.float32)
+    peak = tl.full([16], float("-inf"), tl.float32)
+    norm = tl.zeros([16], tl.float32)
+    listed = tl.where(reads_list, end, 0)
+    last_page = pages - 1
+    # The row's last tile comes behind the loop, which then reads no residual.
+    plain_end = tl.where(end == total, first + (end - 1 - first) // ROWS * ROWS, end)
+    for start in tl.range(first, plain_end, ROWS):
+        acc, peak, norm = _attend_tile(
+            q,
+            acc,
+            peak,
+            norm,
+            start,
+            listed,
+            seq_len,
+            reads_list,
+            last_page,
+            key_codes,
+            key_residual,
+            value_codes,
+            value_params,
+            value_residual,
+            bounds,
+            bound_params,
+            block_table,
+            page_indices,
+            scale_log2,
+            least_weight,
+            stride_block,
+            stride_params,
+            stride_bounds,
+            stride_bound_params,
+            GROUP,
+            HEAD_SIZE,
+            HEAD_PAD,
+            GROUPS,
+            GROUPS_PAD,
+            GROUP_PAD,
+            PAGES_PER_BLOCK,
+            PAGE_SIZE,
+            ROWS,
+            DOT,
+            False,
+        )
+    if end == total:
+        last_block = tl.load(block_table + last_page // PAGES_PER_BLOCK).to(tl.int64)
+        tag = tl.load(key_residual + last_block * stride_block + (HALF - 1) * HEAD_SIZE).to(tl.int32) >> 4
+        acc, peak, norm = _attend_tile(
+            q,
+            acc,
+            peak,
+            norm,
+            plain_end,
+            listed,
+            seq_len,
+            reads_list,
+            tl.where(tag == last_page % PAGES_PER_BLOCK % TAGS, last_page, -1),
+            key_codes,
+            key_residual,
+            value_codes,
+            value_params,
+            value_residual,
+            bounds,
+            bound_params,
+            block_table,
+            page_indices,
+            scale_log2,
+            least_weight,
+            stride_block,
+            stride_params,
+            stride_bounds,
+            stride_bound_params,
+            GROUP,
+            HEAD_SIZE,
+            HEAD_PAD,
+            GROUPS,
+            GROUPS_PAD,
+            GROUP_PAD,
+            PAGES_PER_BLOCK,
+            PAGE_SIZE,
+            ROWS,
+            DOT,
+            True,
+        )
+    finish_split(
+        acc,
+        peak,
+        norm,
+        out,
+        scratch,
+        arrivals,
+        row,
+        kv_head,
+        split,
+        splits,
+        active,
+        stride_out_head,
+        value_channel,
+        in_head,
+        GROUP,
+        HEAD_SIZE,
+        HEAD_PAD,
+    )
+
+
+class Attention(NamedTuple):
+    """How attention reads a cache."""
+
+    kernel: JITFunction
+    parts: tuple  # of the cache, as the kernel is given them
+    strides: tuple[int, ...]  # theirs
+    constants: dict[str, int]
+    num_kv_heads: int
+    block_size: int
+    choice: Choice
+
+
+def int4_attention(key_cache: Int4Keys, value_cache: Int4Values, page_size: int) -> Attention:
+    """Attention over 4-bit pages.
+
+    Raises:
+        ValueError: A cache that the kernel does not handle.
+    """
+    check_int4(key_cache, value_cache)
+    _, num_kv_heads, pages_per_block, half, head_size = key_cache.codes.shape
+    if page_size != 2 * half:
+        raise ValueError(f"page_size: {page_size}; the cache has pages of {2 * half} tokens")
+    groups, words = value_cache.params.shape[3], value_words(value_cache)
+    return Attention(
+        kernel=_attend_int4_kernel,
+        parts=(*key_cache[:2], value_cache.codes, words, value_cache.residual, *key_cache.bounds),
+        strides=(*key_cache.codes.stride()[:2], *words.stride()[:2], *bound_strides(key_cache.bounds)),
+        constants={
+            "GROUPS": groups,
+            "GROUPS_PAD": triton.next_power_of_2(groups),
+            "GROUP_PAD": triton.next_power_of_2(head_size // groups),
+        },
+        num_kv_heads=num_kv_heads,
+        block_size=pages_per_block * page_size,
+        choice=choose("attend_int4", head_size, key_cache.codes.device),
+    )

@@ -1,0 +1,51 @@
+"""Device helpers for 4-bit codes and what belongs to them.
+
+A byte holds token i of a page in its low nibble and token i + S / 2 in its high one. So a tile of byte rows is
+two tiles of tokens, and nothing has to change places between threads.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_quest.kernels.triton.bounds import inverse
+
+__all__ = ["NO_FRACTION", "fine_codes", "fraction", "group_channels", "split_words", "step_of"]
+
+STEPS = tl.constexpr(15.0)
+FINE = tl.constexpr(16.0)  # an 8-bit code counts sixteenths of a 4-bit step
+NO_FRACTION = tl.constexpr(8)  # residual of a token that has exactly its 4-bit code
+TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no room for a fraction
+
+
+@triton.jit
+def step_of(low, high):
+    """A quantizer's step, ``high / 15 - low / 15``: their difference might not be finite."""
+    return tl.math.div_rn(high, STEPS) - tl.math.div_rn(low, STEPS)
+
+
+@triton.jit
+def fine_codes(x, zero, step):
+    """8-bit codes, int32: the 4-bit code, and in the low nibble sixteenths of a step from -8 on."""
+    fine = tl.minimum(tl.maximum((x - zero) * (inverse(step) * FINE), 0.0), STEPS * FINE)
+    return ((fine + TO_INTEGER) - TO_INTEGER).to(tl.int32) + NO_FRACTION  # ties to even
+
+
+@triton.jit
+def fraction(residual):
+    """What a residual nibble, int32, adds to a 4-bit code."""
+    return (residual - NO_FRACTION).to(tl.float32) / FINE
+
+
+@triton.jit
+def group_channels(
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, GROUPS_PAD: tl.constexpr, PAD: tl.constexpr
+):
+    """The channels of V, each group padded: ``[GROUPS_PAD * PAD]``, and which of these places have one."""
+    place = tl.arange(0, GROUPS_PAD * PAD)
+    return place // PAD * GROUP_SIZE + place % PAD, (place % PAD < GROUP_SIZE) & (place // PAD < GROUPS)
+
+
+@triton.jit
+def split_words(words):
+    """Zero point and scale in float32: a word holds both as bfloat16."""
+    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)

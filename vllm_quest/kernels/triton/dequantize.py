@@ -1,0 +1,166 @@
+"""`dequantize_blocks`: 4-bit pages in the model's dtype, as dense attention reads them."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_quest.kernels.triton.codes import group_channels, split_words, step_of
+from vllm_quest.kernels.triton.launch import bound_strides, check_int4, value_words
+from vllm_quest.layout import Int4Keys, Int4Values
+
+__all__ = ["dequantize_blocks"]
+
+ELEMENTS_PER_THREAD = 32
+
+
+@triton.jit
+def _store_tokens(out, place, wanted, tokens, channel, in_head, stride_token):
+    """The tokens at `place`, ``[n]``; 0 from `wanted` on."""
+    inside = tl.broadcast_to(in_head[None, :], tokens.shape)
+    tokens = tl.where((place < wanted)[:, None], tokens, 0.0)
+    tl.store(
+        out + place[:, None] * stride_token + channel[None, :], tokens.to(out.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def _read_values(bytes, params, mask, GROUPS_PAD: tl.constexpr):
+    SHAPE: tl.constexpr = [bytes.shape[0], GROUPS_PAD, bytes.shape[1] // GROUPS_PAD]
+    zero, scale = split_words(tl.load(params, mask=mask, other=0))
+    codes = bytes.to(tl.float32).reshape(SHAPE)
+    return (zero[:, :, None] + scale[:, :, None] * codes).reshape(bytes.shape)
+
+
+@triton.jit
+def _dequantize_kernel(
+    key_codes,
+    value_codes,
+    value_params,
+    bounds,
+    bound_params,
+    blocks,
+    num_tokens,
+    key_out,
+    value_out,
+    stride_block,
+    stride_kv_head,
+    stride_params,
+    stride_params_head,
+    stride_bounds,
+    stride_bounds_head,
+    stride_bound_params,
+    stride_bound_params_head,
+    stride_out,
+    stride_out_head,
+    stride_out_token,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    HALF: tl.constexpr = PAGE_SIZE // 2
+    place = tl.program_id(0).to(tl.int64)
+    page = tl.program_id(1)
+    kv_head = tl.program_id(2).to(tl.int64)
+    block = tl.load(blocks + place).to(tl.int64)
+    wanted = tl.load(num_tokens + place) - page * PAGE_SIZE
+    row = tl.arange(0, HALF)
+    is_read = row < wanted  # where its low token is not wanted, neither is the high one
+
+    channel = tl.arange(0, HEAD_PAD)
+    in_head = channel < HEAD_SIZE
+    codes = block * stride_block + kv_head * stride_kv_head + page * (HALF * HEAD_SIZE)
+    mask = is_read[:, None] & in_head[None, :]
+    bytes = tl.load(key_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0)
+    bytes = bytes.to(tl.int32)
+    bounds += block * stride_bounds + kv_head * stride_bounds_head + page * (2 * HEAD_SIZE)
+    known = channel < tl.where(wanted > 0, HEAD_SIZE, 0)
+    kmin = tl.load(bounds + channel, mask=known, other=0).to(tl.float32)
+    kmax = tl.load(bounds + HEAD_SIZE + channel, mask=known, other=0).to(tl.float32)
+    if bound_params is not None:
+        bound_params += block * stride_bound_params + kv_head * stride_bound_params_head + page * 2
+        offset = tl.load(bound_params, mask=wanted > 0, other=0.0)
+        scale = tl.load(bound_params + 1, mask=wanted > 0, other=0.0)
+        kmin, kmax = offset + scale * kmin, offset + scale * kmax
+    zero, step = kmin[None, :], step_of(kmin, kmax)[None, :]
+    key_out += place * stride_out + kv_head * stride_out_head + page * PAGE_SIZE * stride_out_token
+    keys = zero + step * (bytes & 15).to(tl.float32)
+    _store_tokens(key_out, row, wanted, keys, channel, in_head, stride_out_token)
+    keys = zero + step * (bytes >> 4).to(tl.float32)
+    _store_tokens(key_out, row + HALF, wanted, keys, channel, in_head, stride_out_token)
+
+    channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    mask = is_read[:, None] & in_head[None, :]
+    bytes = tl.load(value_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0)
+    bytes = bytes.to(tl.int32)
+    group = tl.arange(0, GROUPS_PAD)[None, :]
+    params = value_params + block * stride_params + kv_head * stride_params_head + page * (PAGE_SIZE * GROUPS)
+    params = params + row[:, None] * GROUPS + group
+    value_out += place * stride_out + kv_head * stride_out_head + page * PAGE_SIZE * stride_out_token
+    values = _read_values(bytes & 15, params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
+    _store_tokens(value_out, row, wanted, values, channel, in_head, stride_out_token)
+    is_read = row + HALF < wanted
+    params += HALF * GROUPS
+    values = _read_values(bytes >> 4, params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
+    _store_tokens(value_out, row + HALF, wanted, values, channel, in_head, stride_out_token)
+
+
+def dequantize_blocks(
+    key_cache: Int4Keys,
+    value_cache: Int4Values,
+    blocks: torch.Tensor,
+    num_tokens: torch.Tensor,
+    key_out: torch.Tensor,
+    value_out: torch.Tensor,
+) -> None:
+    """Writes the first tokens of n blocks in the model's dtype, as prefill reads them; 0 behind them.
+
+    Args:
+        key_cache: 4-bit codes, in token-major pages.
+        value_cache: Likewise.
+        blocks: ``[n]`` int32, blocks of the cache.
+        num_tokens: ``[n]`` int32, tokens of each block that are wanted, 0 to N.
+        key_out: ``[>= n, H, N, D]``, contiguous in D; its first n blocks written.
+        value_out: ``[>= n, H, N, D]``, with the strides of `key_out`; likewise.
+
+    Raises:
+        ValueError: A shape, stride or dtype that the kernel does not handle.
+    """
+    check_int4(key_cache, value_cache)
+    _, num_kv_heads, pages_per_block, half, head_size = key_cache.codes.shape
+    count, shape = len(blocks), (num_kv_heads, pages_per_block * 2 * half, head_size)
+    if len(key_out) < count or key_out.shape[1:] != shape or value_out.shape != key_out.shape:
+        raise ValueError(
+            f"key_out, value_out: {tuple(key_out.shape)}, {tuple(value_out.shape)}; needed: {(count, *shape)}"
+        )
+    if key_out.stride() != value_out.stride() or key_out.stride(3) != 1:
+        raise ValueError("key_out, value_out: need the same strides, contiguous in D")
+    if blocks.dtype != torch.int32 or num_tokens.dtype != torch.int32 or len(num_tokens) != count:
+        raise ValueError(f"blocks, num_tokens: {blocks.dtype}, {num_tokens.dtype}; needed: int32, [{count}]")
+    if count == 0:
+        return
+    groups, words = value_cache.params.shape[3], value_words(value_cache)
+    head_pad = triton.next_power_of_2(head_size)
+    _dequantize_kernel[(count, pages_per_block, num_kv_heads)](
+        key_cache.codes,
+        value_cache.codes,
+        words,
+        *key_cache.bounds,
+        blocks,
+        num_tokens,
+        key_out,
+        value_out,
+        *key_cache.codes.stride()[:2],
+        *words.stride()[:2],
+        *bound_strides(key_cache.bounds),
+        *key_out.stride()[:3],
+        HEAD_SIZE=head_size,
+        HEAD_PAD=head_pad,
+        GROUPS=groups,
+        GROUPS_PAD=triton.next_power_of_2(groups),
+        GROUP_PAD=triton.next_power_of_2(head_size // groups),
+        PAGE_SIZE=2 * half,
+        num_warps=max(1, min(8, 2 * half * head_pad // (32 * ELEMENTS_PER_THREAD))),
+    )

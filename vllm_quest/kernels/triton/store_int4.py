@@ -1,0 +1,341 @@
+"""Quantizes K and V of new tokens into 4-bit pages and widens the pages' bounds, in one launch.
+
+As in `store`, one program owns a touched page: that of the page's last token in this call. All pages of a
+block share its residual, which only the program of the block's last page writes. A page that goes on needs the
+residual that is there before; where it is not the block's last page, that program stores it, too, and first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_quest.kernels.triton.bounds import round_down, widen_bounds
+from vllm_quest.kernels.triton.codes import NO_FRACTION, fine_codes, fraction, group_channels, step_of
+from vllm_quest.kernels.triton.launch import bound_strides, check_int4, value_words
+from vllm_quest.layout import Int4Keys, Int4Values
+
+__all__ = ["store_int4"]
+
+LARGEST = tl.constexpr(3.3895313892515355e38)  # of bfloat16
+TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
+# As for `store`: up to here every token has a program of its own.
+SPREAD_TOKENS = 512
+ELEMENTS_PER_THREAD = 16
+
+
+@triton.jit
+def _find_new(slot_mapping, token, slot, back):
+    """Which tokens lie `back` slots before `token`'s, and whether they are there, in this call."""
+    source = token.to(tl.int64) - back
+    asked = (back >= 0) & (source >= 0)
+    found = tl.load(slot_mapping + source, mask=asked, other=-1)
+    return source, asked & (found == slot - back)
+
+
+@triton.jit
+def _load_new(tensor, source, stride, channel, mask):
+    """Elements of new tokens in float32, within bfloat16's range; 0 elsewhere."""
+    loaded = tl.load(tensor + source[:, None] * stride + channel[None, :], mask=mask, other=0.0)
+    return tl.minimum(tl.maximum(loaded.to(tl.float32), -LARGEST), LARGEST)
+
+
+@triton.jit
+def _value_codes(
+    value, is_new, in_head, GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr, GROUPS: tl.constexpr
+):
+    """8-bit codes of V tokens ``[n, GROUPS_PAD * GROUP_PAD]``, and words of their zero points and scales."""
+    SHAPE: tl.constexpr = [value.shape[0], GROUPS_PAD, GROUP_PAD]
+    low = tl.min(tl.where(in_head[None, :], value, float("inf")).reshape(SHAPE), 2)
+    high = tl.max(tl.where(in_head[None, :], value, float("-inf")).reshape(SHAPE), 2)
+    known = (tl.arange(0, GROUPS_PAD) < GROUPS)[None, :]
+    zero = round_down(tl.where(known, low, 0.0))
+    scale = -round_down(-step_of(zero, tl.where(known, high, 0.0)))
+    codes = fine_codes(value.reshape(SHAPE), zero[:, :, None], scale[:, :, None]).reshape(value.shape)
+    words = (zero.to(tl.int32, bitcast=True) >> 16) & 65535 | scale.to(tl.int32, bitcast=True)
+    return codes, words, is_new[:, None] & known
+
+
+@triton.jit
+def _store_page(
+    key,
+    value,
+    key_codes,
+    key_residual,
+    value_codes,
+    value_params,
+    value_residual,
+    bounds,
+    bound_params,
+    slot_mapping,
+    token,
+    residual_rows,
+    stride_key,
+    stride_value,
+    stride_block,
+    stride_params,
+    stride_bounds,
+    stride_bound_params,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Stores the new tokens of the page that ends, in this call, with `token`; residuals if they are its own."""
+    HALF: tl.constexpr = PAGE_SIZE // 2
+    slot = tl.load(slot_mapping + token)
+    block = slot // BLOCK_SIZE
+    page = slot % BLOCK_SIZE // PAGE_SIZE
+    row = tl.arange(0, HALF)
+    back = slot % PAGE_SIZE - row
+    low_source, low_new = _find_new(slot_mapping, token, slot, back)
+    high_source, high_new = _find_new(slot_mapping, token, slot, back - HALF)
+    first = tl.min(
+        tl.minimum(tl.where(low_new, row, PAGE_SIZE), tl.where(high_new, row + HALF, PAGE_SIZE)), 0
+    )
+    goes_on = first > 0
+    low_old, high_old = row < first, row + HALF < first
+
+    channel = tl.arange(0, HEAD_PAD)
+    in_head = channel < HEAD_SIZE
+    codes_at = row[:, None] * HEAD_SIZE + channel[None, :]
+    key_codes += block * stride_block + page * (HALF * HEAD_SIZE)
+    key_residual += block * stride_block
+    old = low_old[:, None] & in_head[None, :]  # the high tokens are not older where the low ones are not
+    tag = tl.load(key_residual + (HALF - 1) * HEAD_SIZE).to(tl.int32) >> 4
+    fine = tl.where(tag == page % TAGS, first, 0)  # tokens before this position have a residual
+    key_bytes = tl.load(key_codes + codes_at, mask=old, other=0).to(tl.int32)
+    key_rest = tl.load(key_residual + codes_at, mask=(row < fine)[:, None] & in_head[None, :], other=0x88).to(
+        tl.int32
+    )
+    low_key = _load_new(key, low_source, stride_key, channel, low_new[:, None] & in_head[None, :])
+    high_key = _load_new(key, high_source, stride_key, channel, high_new[:, None] & in_head[None, :])
+
+    value_channel, in_value = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    value_at = row[:, None] * HEAD_SIZE + value_channel[None, :]
+    value_codes += block * stride_block + page * (HALF * HEAD_SIZE)
+    value_residual += block * stride_block
+    value_inside = tl.broadcast_to(in_value[None, :], [HALF, GROUPS_PAD * GROUP_PAD])
+    value_bytes = tl.load(value_codes + value_at, mask=value_inside, other=0).to(tl.int32)
+    value_rest = tl.load(
+        value_residual + value_at, mask=(row < fine)[:, None] & in_value[None, :], other=0x88
+    ).to(tl.int32)
+    low_value = _load_new(
+        value, low_source, stride_value, value_channel, low_new[:, None] & in_value[None, :]
+    )
+    high_value = _load_new(
+        value, high_source, stride_value, value_channel, high_new[:, None] & in_value[None, :]
+    )
+
+    kmin = tl.min(
+        tl.minimum(
+            tl.where(low_new[:, None], low_key, float("inf")),
+            tl.where(high_new[:, None], high_key, float("inf")),
+        ),
+        0,
+    )
+    kmax = tl.max(
+        tl.maximum(
+            tl.where(low_new[:, None], low_key, float("-inf")),
+            tl.where(high_new[:, None], high_key, float("-inf")),
+        ),
+        0,
+    )
+    bounds += block * stride_bounds + page * (2 * HEAD_SIZE)
+    if bound_params is not None:
+        bound_params += block * stride_bound_params + page * 2
+    # From here on, the page is written: `widen_bounds` waits until all threads have read.
+    old_zero, old_max, zero, kmax = widen_bounds(
+        bounds, bound_params, kmin, kmax, goes_on, channel, HEAD_SIZE
+    )
+    old_step = step_of(old_zero, old_max)[None, :]
+    old_zero = old_zero[None, :]
+    low_code = (key_bytes & 15).to(tl.float32) + fraction(key_rest & 15)
+    # The page's last token is never older than another one: its place, the tag's, is not read.
+    high_code = (key_bytes >> 4).to(tl.float32) + fraction(key_rest >> 4)
+    low_key = tl.where(low_old[:, None], old_zero + old_step * low_code, low_key)
+    high_key = tl.where(high_old[:, None], old_zero + old_step * high_code, high_key)
+    step = step_of(zero, kmax)[None, :]
+    low_fine, high_fine = fine_codes(low_key, zero[None, :], step), fine_codes(high_key, zero[None, :], step)
+    inside = tl.broadcast_to(in_head[None, :], [HALF, HEAD_PAD])
+    tl.store(key_codes + codes_at, ((low_fine >> 4) | (high_fine & 240)).to(tl.uint8), mask=inside)
+    high_rest = tl.where((row == HALF - 1)[:, None], (page % TAGS).to(tl.int32), high_fine & 15)
+    rest = (low_fine & 15) | (high_rest << 4)
+    kept = inside & (row < residual_rows)[:, None]
+    tl.store(key_residual + codes_at, rest.to(tl.uint8), mask=kept)
+
+    low_fine, low_words, low_known = _value_codes(low_value, low_new, in_value, GROUPS_PAD, GROUP_PAD, GROUPS)
+    high_fine, high_words, high_known = _value_codes(
+        high_value, high_new, in_value, GROUPS_PAD, GROUP_PAD, GROUPS
+    )
+    low_code = tl.where(low_new[:, None], low_fine >> 4, value_bytes & 15)
+    high_code = tl.where(high_new[:, None], high_fine & 240, value_bytes & 240)
+    tl.store(value_codes + value_at, (low_code | high_code).to(tl.uint8), mask=value_inside)
+    low_rest = tl.where(low_old[:, None], value_rest & 15, NO_FRACTION)
+    low_rest = tl.where(low_new[:, None], low_fine & 15, low_rest)
+    high_rest = tl.where(high_old[:, None], value_rest >> 4, NO_FRACTION)
+    high_rest = tl.where(high_new[:, None], high_fine & 15, high_rest)
+    rest = low_rest | (high_rest << 4)
+    kept = value_inside & (row < residual_rows)[:, None]
+    tl.store(value_residual + value_at, rest.to(tl.uint8), mask=kept)
+    value_params += block * stride_params + page * (PAGE_SIZE * GROUPS)
+    params_at = row[:, None] * GROUPS + tl.arange(0, GROUPS_PAD)[None, :]
+    tl.store(value_params + params_at, low_words, mask=low_known)
+    tl.store(value_params + HALF * GROUPS + params_at, high_words, mask=high_known)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _store_int4_kernel(
+    key,
+    value,
+    key_codes,
+    key_residual,
+    value_codes,
+    value_params,
+    value_residual,
+    bounds,
+    bound_params,
+    slot_mapping,
+    num_tokens,
+    stride_key,
+    stride_key_head,
+    stride_value,
+    stride_value_head,
+    stride_block,
+    stride_kv_head,
+    stride_params,
+    stride_params_head,
+    stride_bounds,
+    stride_bounds_head,
+    stride_bound_params,
+    stride_bound_params_head,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    kv_head = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
+    next_slot = tl.load(slot_mapping + token + 1, mask=token + 1 < num_tokens, other=-1)
+    ends_page = (slot >= 0) & ((next_slot != slot + 1) | (next_slot % PAGE_SIZE == 0))
+    pending = tl.where(ends_page, token, num_tokens)
+    key += kv_head * stride_key_head
+    value += kv_head * stride_value_head
+    key_codes += kv_head * stride_kv_head
+    key_residual += kv_head * stride_kv_head
+    value_codes += kv_head * stride_kv_head
+    value_residual += kv_head * stride_kv_head
+    value_params += kv_head * stride_params_head
+    bounds += kv_head * stride_bounds_head
+    if bound_params is not None:
+        bound_params += kv_head * stride_bound_params_head
+    last = tl.min(pending, 0)
+    while last < num_tokens:
+        last_slot = tl.load(slot_mapping + last)
+        following = tl.load(slot_mapping + last + 1, mask=last + 1 < num_tokens, other=-1)
+        ends_block = (following != last_slot + 1) | (following % BLOCK_SIZE == 0)
+        # The block's first new token, and the end of its page.
+        position = tl.arange(0, BLOCK_PAD)
+        last_position = (last_slot % BLOCK_SIZE).to(tl.int32)
+        _, is_new = _find_new(slot_mapping, last, last_slot, last_position - position)
+        first = tl.min(tl.where(is_new, position, BLOCK_PAD), 0)
+        end = first // PAGE_SIZE * PAGE_SIZE + PAGE_SIZE - 1
+        goes_on = first % PAGE_SIZE > 0
+        # A page that goes on is left to the program of the block's last page, which begins with it.
+        is_left = goes_on & (last_position <= end) & (ends_block == 0)
+        begins_with_it = goes_on & (last_position > end) & ends_block
+        current = tl.where(is_left, last + 1, tl.where(begins_with_it, last - last_position + end, last))
+        while current <= last:
+            _store_page(
+                key,
+                value,
+                key_codes,
+                key_residual,
+                value_codes,
+                value_params,
+                value_residual,
+                bounds,
+                bound_params,
+                slot_mapping,
+                current,
+                tl.where(ends_block & (current == last), PAGE_SIZE // 2, 0),
+                stride_key,
+                stride_value,
+                stride_block,
+                stride_params,
+                stride_bounds,
+                stride_bound_params,
+                HEAD_SIZE,
+                HEAD_PAD,
+                GROUPS,
+                GROUPS_PAD,
+                GROUP_PAD,
+                BLOCK_SIZE,
+                PAGE_SIZE,
+            )
+            tl.debug_barrier()
+            current = tl.where(current == last, last + 1, last)
+        last = tl.min(tl.where(pending > last, pending, num_tokens), 0)
+
+
+def store_int4(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: Int4Keys,
+    value_cache: Int4Values,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """`store` for 4-bit pages; the new tokens of one *block* follow each other in `slot_mapping`.
+
+    Raises:
+        ValueError: A shape, stride or dtype that the kernel does not handle.
+    """
+    num_tokens = slot_mapping.shape[0]
+    if num_tokens == 0:
+        return
+    check_int4(key_cache, value_cache)
+    num_kv_heads, pages_per_block, half, head_size = key_cache.codes.shape[1:]
+    page_size, groups = 2 * half, value_cache.params.shape[3]
+    if key.dtype != value.dtype or key.stride(2) != 1 or value.stride(2) != 1:
+        raise ValueError("key, value: need the same dtype, contiguous in D")
+    if slot_mapping.dtype != torch.int64:
+        raise ValueError(f"slot_mapping: {slot_mapping.dtype}; needed: int64")
+    tokens = 1 if num_tokens <= SPREAD_TOKENS else page_size
+    head_pad, words = triton.next_power_of_2(head_size), value_words(value_cache)
+    _store_int4_kernel[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
+        key,
+        value,
+        key_cache.codes,
+        key_cache.residual,
+        value_cache.codes,
+        words,
+        value_cache.residual,
+        *key_cache.bounds,
+        slot_mapping,
+        num_tokens,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        *key_cache.codes.stride()[:2],
+        *words.stride()[:2],
+        *bound_strides(key_cache.bounds),
+        HEAD_SIZE=head_size,
+        HEAD_PAD=head_pad,
+        GROUPS=groups,
+        GROUPS_PAD=triton.next_power_of_2(groups),
+        GROUP_PAD=triton.next_power_of_2(head_size // groups),
+        BLOCK_SIZE=pages_per_block * page_size,
+        BLOCK_PAD=triton.next_power_of_2(pages_per_block * page_size),
+        PAGE_SIZE=page_size,
+        TOKENS=tokens,
+        num_warps=max(1, min(8, page_size * head_pad // (32 * ELEMENTS_PER_THREAD))),
+    )
