@@ -91,5 +91,7 @@ def test_heads_that_registers_cannot_hold_are_refused() -> None:
     arguments = (1.0, KV_HEADS, None, None, "auto")
     with set_current_vllm_config(config):
         assert Impl(HEADS, MAX_INT4_HEAD_SIZE, *arguments).storage is not None
-        with pytest.raises(ValueError, match="head size with kv_dtype=int4 not supported .a GPU's registers"):
+        with pytest.raises(
+            ValueError, match=r"head size with kv_dtype=int4 not supported .a GPU's registers"
+        ):
             Impl(HEADS, MAX_INT4_HEAD_SIZE + 16, *arguments)

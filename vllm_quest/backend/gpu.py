@@ -1,7 +1,7 @@
 """QUEST on GPUs: vLLM's own dense backend for prefill, page selection for decode rows.
 
-The dense backend cannot read 4-bit pages: then it gets prefill only, through a workspace, and dense layers decode
-with our kernel, which reads all pages.
+The dense backend cannot read 4-bit pages: then it gets prefill only, through a workspace, and dense layers
+decode with our kernel, which reads all pages.
 
 Nothing here reads a length that only the GPU knows, and what a decode step uses lies in buffers that stay
 where they are: a CUDA graph can hold the step. The classes are mixed into those of vLLM's dense backends.
@@ -98,8 +98,8 @@ class QuestGPUMetadata:
     Attributes:
         decode: The decode rows; None where every request prefills.
         prefill: The prefilling requests: none, all of them, or turn by turn.
-        whole: The whole batch, for dense layers; None where no layer needs it, and with 4-bit pages, which dense
-            layers cut as sparse ones do.
+        whole: The whole batch, for dense layers; None where no layer needs it, and with 4-bit pages, which
+            dense layers cut as sparse ones do.
     """
 
     decode: DecodeRows | None
@@ -225,7 +225,7 @@ class QuestGPUMetadataBuilder:
     def _through_workspace(
         self, batch: CommonAttentionMetadata, first_token: int, workspace: PrefillWorkspace, fast_build: bool
     ) -> Iterator[PrefillRows]:
-        """The prefilling requests, turn by turn; `first_token` is their first one's place in the whole batch."""
+        """The prefilling requests, turn by turn; their tokens begin at `first_token` of the whole batch."""
         starts = batch.query_start_loc_cpu.long()
         seq_lens = batch.seq_lens_cpu_upper_bound  # exact for prefilling requests
         if seq_lens is None:
@@ -345,11 +345,10 @@ class QuestGPUImpl(QuestImpl):
         )
 
         def attend_dense(rows: PrefillRows) -> None:
-            parts = [tensor[rows.tokens] for tensor in (query, key, value)]
-            cache = pages.kv
+            tokens, cache = rows.tokens, pages.kv
             if rows.turn is not None:
-                cache = self.fill_workspace(layer, *parts[1:], pages, rows.turn)
-            attend(*parts, cache, rows.metadata, output[rows.tokens])
+                cache = self.fill_workspace(layer, key[tokens], value[tokens], pages, rows.turn)
+            attend(query[tokens], key[tokens], value[tokens], cache, rows.metadata, output[tokens])
 
         pages = self.pages(kv_cache)
         if self.dense_reason and attn_metadata.whole is not None:

@@ -1,7 +1,7 @@
 """`attend_pages` over 4-bit pages: as in `attend`, but K and V are dequantized in registers.
 
-A tile is of byte rows; each holds two tokens of a page, so that K, V and the logits come as two tiles. Residuals
-are of a row's last page, which is in its last tile: that one comes after the others.
+A tile is of byte rows; each holds two tokens of a page, so that K, V and the logits come as two tiles. Only a
+row's last page has residuals, and its last tile has that page: it comes after the others.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from vllm_quest.kernels.triton.codes import NO_FRACTION, fraction, group_channels, split_words
-from vllm_quest.kernels.triton.launch import Choice, bound_strides, check_int4, choose, value_words
+from vllm_quest.kernels.triton.codes import NO_FRACTION, fraction, group_channels, split_words, units_of
+from vllm_quest.kernels.triton.launch import Choice, Int4Cache, choose
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
 from vllm_quest.layout import Int4Keys, Int4Values
@@ -64,10 +64,8 @@ def _attend_tile(
     page_indices,
     scale_log2,
     least_weight,
+    run,
     stride_block,
-    stride_params,
-    stride_bounds,
-    stride_bound_params,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -91,22 +89,23 @@ def _attend_tile(
     high_seen = (page >= 0) & (token + HALF < seq_len)
     block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=low_seen, other=0).to(tl.int64)
     page_in_block = page % PAGES_PER_BLOCK
-    row = block * stride_block + (page_in_block * HALF + half_row) * HEAD_SIZE
+    run += block * stride_block
+    row = run * 16 + (page_in_block * HALF + half_row) * HEAD_SIZE
 
     channel = tl.arange(0, HEAD_PAD)[None, :]
     loaded = low_seen[:, None] & (channel < HEAD_SIZE)
     key_bytes = tl.load(key_codes + row[:, None] + channel, mask=loaded, other=0)
-    bound_row = bounds + (block * stride_bounds + page_in_block * (2 * HEAD_SIZE))[:, None] + channel
+    bound_row = bounds + (run * units_of(bounds) + page_in_block * (2 * HEAD_SIZE))[:, None] + channel
     kmin = tl.load(bound_row, mask=loaded, other=0).to(tl.float32)
     kmax = tl.load(bound_row + HEAD_SIZE, mask=loaded, other=0).to(tl.float32)
     if bound_params is not None:
-        pair = bound_params + block * stride_bound_params + page_in_block * 2
+        pair = bound_params + run * 4 + page_in_block * 2
         scale = tl.load(pair + 1, mask=low_seen, other=0.0)[:, None]
         step = (scale * PART) * (kmax - kmin)
         kmin = tl.load(pair, mask=low_seen, other=0.0)[:, None] + scale * kmin
     else:
         step = kmax * PART - kmin * PART
-    residual_row = block * stride_block + half_row * HEAD_SIZE
+    residual_row = run * 16 + half_row * HEAD_SIZE
     has_residual = low_seen & (page == residual_page)
     key_rest = key_bytes
     if IS_LAST:
@@ -147,7 +146,7 @@ def _attend_tile(
         )
     low, high = _codes(value_bytes, value_rest, IS_LAST)
     group = tl.arange(0, GROUPS_PAD)[None, :]
-    params = block * stride_params + (page_in_block * PAGE_SIZE + half_row) * GROUPS
+    params = run * 4 + (page_in_block * PAGE_SIZE + half_row) * GROUPS
     params = value_params + params[:, None] + group
     in_groups = group < GROUPS
     low_value = _values(low, params, low_seen[:, None] & in_groups, GROUPS_PAD)
@@ -182,12 +181,6 @@ def _attend_int4_kernel(
     stride_query_head,
     stride_block,
     stride_kv_head,
-    stride_params,
-    stride_params_head,
-    stride_bounds,
-    stride_bounds_head,
-    stride_bound_params,
-    stride_bound_params_head,
     stride_table,
     stride_pages_row,
     stride_pages_head,
@@ -228,14 +221,7 @@ def _attend_int4_kernel(
 
     query += row * stride_query_row + kv_head * GROUP * stride_query_head
     q = tl.load(query + head[:, None] * stride_query_head + channel[None, :], mask=inside, other=0.0).to(DOT)
-    key_codes += kv_head * stride_kv_head
-    key_residual += kv_head * stride_kv_head
-    value_codes += kv_head * stride_kv_head
-    value_residual += kv_head * stride_kv_head
-    value_params += kv_head * stride_params_head
-    bounds += kv_head * stride_bounds_head
-    if bound_params is not None:
-        bound_params += kv_head * stride_bound_params_head
+    run = kv_head * stride_kv_head
     block_table += row * stride_table
     page_indices += row * stride_pages_row + kv_head * stride_pages_head
     acc = tl.zeros([16, GROUPS_PAD * GROUP_PAD], tl.float32)
@@ -267,10 +253,8 @@ def _attend_int4_kernel(
             page_indices,
             scale_log2,
             least_weight,
+            run,
             stride_block,
-            stride_params,
-            stride_bounds,
-            stride_bound_params,
             GROUP,
             HEAD_SIZE,
             HEAD_PAD,
@@ -285,7 +269,8 @@ def _attend_int4_kernel(
         )
     if end == total:
         last_block = tl.load(block_table + last_page // PAGES_PER_BLOCK).to(tl.int64)
-        tag = tl.load(key_residual + last_block * stride_block + (HALF - 1) * HEAD_SIZE).to(tl.int32) >> 4
+        last_run = run + last_block * stride_block
+        tag = tl.load(key_residual + last_run * 16 + (HALF - 1) * HEAD_SIZE).to(tl.int32) >> 4
         acc, peak, norm = _attend_tile(
             q,
             acc,
@@ -307,10 +292,8 @@ def _attend_int4_kernel(
             page_indices,
             scale_log2,
             least_weight,
+            run,
             stride_block,
-            stride_params,
-            stride_bounds,
-            stride_bound_params,
             GROUP,
             HEAD_SIZE,
             HEAD_PAD,
@@ -352,31 +335,26 @@ class Attention(NamedTuple):
     strides: tuple[int, ...]  # theirs
     constants: dict[str, int]
     num_kv_heads: int
-    block_size: int
     choice: Choice
 
 
-def int4_attention(key_cache: Int4Keys, value_cache: Int4Values, page_size: int) -> Attention:
+def int4_attention(
+    key_cache: Int4Keys, value_cache: Int4Values, page_size: int, value_threshold: float | None
+) -> Attention:
     """Attention over 4-bit pages.
 
     Raises:
         ValueError: A cache that the kernel does not handle.
     """
-    check_int4(key_cache, value_cache)
-    _, num_kv_heads, pages_per_block, half, head_size = key_cache.codes.shape
-    if page_size != 2 * half:
-        raise ValueError(f"page_size: {page_size}; the cache has pages of {2 * half} tokens")
-    groups, words = value_cache.params.shape[3], value_words(value_cache)
+    cache = Int4Cache.of(key_cache, value_cache)
+    kernel = "attend_int4" if value_threshold is None else "attend_int4_near"
+    if page_size != cache.page_size:
+        raise ValueError(f"page_size: {page_size}; the cache has pages of {cache.page_size} tokens")
     return Attention(
         kernel=_attend_int4_kernel,
-        parts=(*key_cache[:2], value_cache.codes, words, value_cache.residual, *key_cache.bounds),
-        strides=(*key_cache.codes.stride()[:2], *words.stride()[:2], *bound_strides(key_cache.bounds)),
-        constants={
-            "GROUPS": groups,
-            "GROUPS_PAD": triton.next_power_of_2(groups),
-            "GROUP_PAD": triton.next_power_of_2(head_size // groups),
-        },
-        num_kv_heads=num_kv_heads,
-        block_size=pages_per_block * page_size,
-        choice=choose("attend_int4", head_size, key_cache.codes.device),
+        parts=cache[:7],
+        strides=(cache.stride_block, cache.stride_kv_head),
+        constants=cache.constants,
+        num_kv_heads=cache.num_kv_heads,
+        choice=choose(kernel, cache.head_size, cache.key.device),
     )

@@ -1,7 +1,7 @@
 """Device helpers for 4-bit codes and what belongs to them.
 
-A byte holds token i of a page in its low nibble and token i + S / 2 in its high one. So a tile of byte rows is
-two tiles of tokens, and nothing has to change places between threads.
+A byte holds token i of a page in its low nibble and token i + S / 2 in its high one. So a tile of byte rows
+is two tiles of tokens, and nothing has to change places between threads.
 """
 
 import triton
@@ -9,12 +9,18 @@ import triton.language as tl
 
 from vllm_quest.kernels.triton.bounds import inverse
 
-__all__ = ["NO_FRACTION", "fine_codes", "fraction", "group_channels", "split_words", "step_of"]
+__all__ = ["NO_FRACTION", "fine_codes", "fraction", "group_channels", "split_words", "step_of", "units_of"]
 
 STEPS = tl.constexpr(15.0)
 FINE = tl.constexpr(16.0)  # an 8-bit code counts sixteenths of a 4-bit step
 NO_FRACTION = tl.constexpr(8)  # residual of a token that has exactly its 4-bit code
 TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no room for a fraction
+
+
+@triton.jit
+def units_of(pointer):
+    """Elements of 16 bytes, in which blocks and heads of a cache are strided."""
+    return 128 // pointer.dtype.element_ty.primitive_bitwidth
 
 
 @triton.jit

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.kernels.triton.codes import group_channels, split_words, step_of
-from vllm_quest.kernels.triton.launch import bound_strides, check_int4, value_words
+from vllm_quest.kernels.triton.codes import group_channels, split_words, step_of, units_of
+from vllm_quest.kernels.triton.launch import Int4Cache
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["dequantize_blocks"]
@@ -44,12 +44,6 @@ def _dequantize_kernel(
     value_out,
     stride_block,
     stride_kv_head,
-    stride_params,
-    stride_params_head,
-    stride_bounds,
-    stride_bounds_head,
-    stride_bound_params,
-    stride_bound_params_head,
     stride_out,
     stride_out_head,
     stride_out_token,
@@ -58,6 +52,7 @@ def _dequantize_kernel(
     GROUPS: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
     HALF: tl.constexpr = PAGE_SIZE // 2
@@ -71,16 +66,17 @@ def _dequantize_kernel(
 
     channel = tl.arange(0, HEAD_PAD)
     in_head = channel < HEAD_SIZE
-    codes = block * stride_block + kv_head * stride_kv_head + page * (HALF * HEAD_SIZE)
+    run = block * stride_block + kv_head * stride_kv_head
+    codes = run * 16 + page * (HALF * HEAD_SIZE)
     mask = is_read[:, None] & in_head[None, :]
     bytes = tl.load(key_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0)
     bytes = bytes.to(tl.int32)
-    bounds += block * stride_bounds + kv_head * stride_bounds_head + page * (2 * HEAD_SIZE)
+    bounds += run * units_of(bounds) + page * (2 * HEAD_SIZE)
     known = channel < tl.where(wanted > 0, HEAD_SIZE, 0)
     kmin = tl.load(bounds + channel, mask=known, other=0).to(tl.float32)
     kmax = tl.load(bounds + HEAD_SIZE + channel, mask=known, other=0).to(tl.float32)
     if bound_params is not None:
-        bound_params += block * stride_bound_params + kv_head * stride_bound_params_head + page * 2
+        bound_params += run * 4 + page * 2
         offset = tl.load(bound_params, mask=wanted > 0, other=0.0)
         scale = tl.load(bound_params + 1, mask=wanted > 0, other=0.0)
         kmin, kmax = offset + scale * kmin, offset + scale * kmax
@@ -96,7 +92,7 @@ def _dequantize_kernel(
     bytes = tl.load(value_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0)
     bytes = bytes.to(tl.int32)
     group = tl.arange(0, GROUPS_PAD)[None, :]
-    params = value_params + block * stride_params + kv_head * stride_params_head + page * (PAGE_SIZE * GROUPS)
+    params = value_params + run * 4 + page * (PAGE_SIZE * GROUPS)
     params = params + row[:, None] * GROUPS + group
     value_out += place * stride_out + kv_head * stride_out_head + page * PAGE_SIZE * stride_out_token
     values = _read_values(bytes & 15, params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
@@ -128,9 +124,8 @@ def dequantize_blocks(
     Raises:
         ValueError: A shape, stride or dtype that the kernel does not handle.
     """
-    check_int4(key_cache, value_cache)
-    _, num_kv_heads, pages_per_block, half, head_size = key_cache.codes.shape
-    count, shape = len(blocks), (num_kv_heads, pages_per_block * 2 * half, head_size)
+    cache = Int4Cache.of(key_cache, value_cache)
+    count, shape = len(blocks), (cache.num_kv_heads, cache.block_size, cache.head_size)
     if len(key_out) < count or key_out.shape[1:] != shape or value_out.shape != key_out.shape:
         raise ValueError(
             f"key_out, value_out: {tuple(key_out.shape)}, {tuple(value_out.shape)}; needed: {(count, *shape)}"
@@ -141,26 +136,20 @@ def dequantize_blocks(
         raise ValueError(f"blocks, num_tokens: {blocks.dtype}, {num_tokens.dtype}; needed: int32, [{count}]")
     if count == 0:
         return
-    groups, words = value_cache.params.shape[3], value_words(value_cache)
-    head_pad = triton.next_power_of_2(head_size)
-    _dequantize_kernel[(count, pages_per_block, num_kv_heads)](
-        key_cache.codes,
-        value_cache.codes,
-        words,
-        *key_cache.bounds,
+    elements = cache.page_size * triton.next_power_of_2(cache.head_size)
+    _dequantize_kernel[(count, cache.block_size // cache.page_size, cache.num_kv_heads)](
+        cache.key,
+        cache.value,
+        cache.value_params,
+        cache.bounds,
+        cache.bound_params,
         blocks,
         num_tokens,
         key_out,
         value_out,
-        *key_cache.codes.stride()[:2],
-        *words.stride()[:2],
-        *bound_strides(key_cache.bounds),
+        cache.stride_block,
+        cache.stride_kv_head,
         *key_out.stride()[:3],
-        HEAD_SIZE=head_size,
-        HEAD_PAD=head_pad,
-        GROUPS=groups,
-        GROUPS_PAD=triton.next_power_of_2(groups),
-        GROUP_PAD=triton.next_power_of_2(head_size // groups),
-        PAGE_SIZE=2 * half,
-        num_warps=max(1, min(8, 2 * half * head_pad // (32 * ELEMENTS_PER_THREAD))),
+        **cache.constants,
+        num_warps=max(1, min(8, elements // (32 * ELEMENTS_PER_THREAD))),
     )

@@ -18,16 +18,15 @@ __all__ = [
     "MAX_INT4_HEAD_SIZE",
     "SPLIT_TOKENS",
     "Choice",
+    "Int4Cache",
     "bound_strides",
     "check_bounds",
     "check_cache",
     "check_group",
-    "check_int4",
     "choose",
     "dot_type",
     "split_count",
     "split_total",
-    "value_words",
 ]
 
 # A program of few tiles costs little; a GPU that waits for the longest row costs much. So every row is cut
@@ -72,10 +71,14 @@ _CHOICES = {
     ("attend_near", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
     ("attend_near", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
     ("attend_near", "cdna"): {64: Choice(32, 4, 1), 128: Choice(32, 4, 1), 256: Choice(32, 4, 1)},
-    ("attend_int4", "ampere"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2)},
-    ("attend_int4", "hopper"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2)},
-    ("attend_int4", "blackwell"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2)},
-    ("attend_int4", "cdna"): {64: Choice(64, 4, 1), 128: Choice(64, 4, 1)},
+    ("attend_int4", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
+    ("attend_int4", "hopper"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
+    ("attend_int4", "blackwell"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
+    ("attend_int4", "cdna"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
+    ("attend_int4_near", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
+    ("attend_int4_near", "hopper"): {64: Choice(32, 4, 3), 128: Choice(32, 4, 3)},
+    ("attend_int4_near", "blackwell"): {64: Choice(32, 4, 3), 128: Choice(32, 4, 3)},
+    ("attend_int4_near", "cdna"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
 }
 
 
@@ -99,7 +102,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def choose(kernel: str, head_size: int, device: torch.device) -> Choice:
-    """The launch configuration of `kernel`: ``score``, ``attend``, or ``attend_near`` with a threshold.
+    """The launch configuration of `kernel`, a key of the table.
 
     Raises:
         ValueError: No configuration for this head size.
@@ -180,38 +183,87 @@ def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: i
         )
 
 
-def check_int4(key_cache: Int4Keys, value_cache: Int4Values) -> None:
-    """ValueError where 4-bit pages do not lie as a token-major `PageLayout` puts them."""
-    codes, params = key_cache.codes, value_cache.params
-    blocks, heads, pages, half, dim = codes.shape
-    if not 16 <= dim <= MAX_INT4_HEAD_SIZE or dim % 16:
-        raise ValueError(
-            f"head_size: {dim}; allowed for 4-bit pages: multiples of 16 up to {MAX_INT4_HEAD_SIZE}"
+class Int4Cache(NamedTuple):
+    """4-bit pages as the kernels are given them; parts of the same runs, whose strides they share."""
+
+    key: torch.Tensor  # codes of K
+    key_residual: torch.Tensor
+    value: torch.Tensor  # codes of V
+    value_params: torch.Tensor  # ``[B, H, N, G]`` int32: zero point and scale in one word
+    value_residual: torch.Tensor
+    bounds: torch.Tensor
+    bound_params: torch.Tensor | None
+    stride_block: int  # in units of 16 bytes, and so that the compiler knows of the alignment
+    stride_kv_head: int
+    num_kv_heads: int
+    block_size: int
+    page_size: int
+    head_size: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What every kernel is specialized for."""
+        groups = self.value_params.shape[3]
+        return {
+            "HEAD_SIZE": self.head_size,
+            "HEAD_PAD": triton.next_power_of_2(self.head_size),
+            "GROUPS": groups,
+            "GROUPS_PAD": triton.next_power_of_2(groups),
+            "GROUP_PAD": triton.next_power_of_2(self.head_size // groups),
+            "BLOCK_SIZE": self.block_size,
+            "PAGE_SIZE": self.page_size,
+        }
+
+    @classmethod
+    def of(cls, key_cache: Int4Keys, value_cache: Int4Values) -> "Int4Cache":
+        """The parts of a cache.
+
+        Raises:
+            ValueError: They do not lie as a token-major `PageLayout` puts them.
+        """
+        codes, bounds = key_cache.codes, key_cache.bounds
+        blocks, heads, pages, half, dim = codes.shape
+        groups = value_cache.params.shape[3]
+        if not 16 <= dim <= MAX_INT4_HEAD_SIZE or dim % 16:
+            allowed = f"multiples of 16 up to {MAX_INT4_HEAD_SIZE}"
+            raise ValueError(f"head_size: {dim}; allowed for 4-bit pages: {allowed}")
+        if half < 4 or half & (half - 1):
+            raise ValueError(f"page_size: {2 * half}; allowed: a power of two, at least 8")
+        rows = ((half, dim), (dim, 1))
+        expected = {
+            "key_cache": (codes, (pages, half, dim), (half * dim, dim, 1)),
+            "key_cache.residual": (key_cache.residual, *rows),
+            "value_cache": (value_cache.codes, (pages, half, dim), (half * dim, dim, 1)),
+            "value_cache.params": (value_cache.params, (pages * 2 * half, groups, 2), (2 * groups, 2, 1)),
+            "value_cache.residual": (value_cache.residual, *rows),
+            "bounds": (bounds.values, (pages, 2, dim), (2 * dim, dim, 1)),
+        }
+        if bounds.params is not None:
+            expected["bounds.params"] = (bounds.params, (pages, 2), (2, 1))
+        for name, (part, shape, strides) in expected.items():
+            outer = tuple(stride * part.element_size() for stride in part.stride()[:2])
+            if (
+                part.shape != (blocks, heads, *shape)
+                or part.stride()[2:] != strides
+                or outer != codes.stride()[:2]
+                or any(stride % 16 for stride in outer)
+            ):
+                raise ValueError(
+                    f"{name}: {tuple(part.shape)} with strides {part.stride()}; needed: "
+                    f"{(blocks, heads, *shape)} in runs of token-major pages, each a multiple of 16 bytes"
+                )
+        return cls(
+            key=codes,
+            key_residual=key_cache.residual,
+            value=value_cache.codes,
+            value_params=value_cache.params.view(torch.int32).squeeze(-1),
+            value_residual=value_cache.residual,
+            bounds=bounds.values,
+            bound_params=bounds.params,
+            stride_block=codes.stride(0) // 16,
+            stride_kv_head=codes.stride(1) // 16,
+            num_kv_heads=heads,
+            block_size=pages * 2 * half,
+            page_size=2 * half,
+            head_size=dim,
         )
-    if half < 4 or half & (half - 1):
-        raise ValueError(f"page_size: {2 * half}; allowed: a power of two, at least 8")
-    expected = {
-        "key_cache": (codes, (blocks, heads, pages, half, dim), (half * dim, dim, 1)),
-        "key_cache.residual": (key_cache.residual, (blocks, heads, half, dim), (dim, 1)),
-        "value_cache": (value_cache.codes, (blocks, heads, pages, half, dim), (half * dim, dim, 1)),
-        "value_cache.residual": (value_cache.residual, (blocks, heads, half, dim), (dim, 1)),
-    }
-    for name, (tensor, shape, strides) in expected.items():
-        if tensor.shape != shape or tensor.stride() != (*codes.stride()[:2], *strides):
-            raise ValueError(
-                f"{name}: {tuple(tensor.shape)} with strides {tensor.stride()}; needed: {shape}, in token-major "
-                f"pages, with the block and head strides of key_cache"
-            )
-    groups = params.shape[3]
-    if params.shape != (blocks, heads, pages * 2 * half, groups, 2) or params.stride()[2:] != (
-        2 * groups,
-        2,
-        1,
-    ):
-        raise ValueError(f"value_cache.params: {tuple(params.shape)} with strides {params.stride()}")
-    check_bounds(key_cache.bounds, dim)
-
-
-def value_words(value_cache: Int4Values) -> torch.Tensor:
-    """``[B, H, N, G]`` int32: zero point and scale, both bfloat16, in one word."""
-    return value_cache.params.view(torch.int32).squeeze(-1)

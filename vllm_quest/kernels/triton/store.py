@@ -150,8 +150,8 @@ def store(
 ) -> None:
     """Writes K and V of new tokens and the bounds of every page they touch. One launch.
 
-    The new tokens of one page, for 4-bit pages those of one block, follow each other in `slot_mapping`, in the
-    order of their slots, as vLLM schedules them; padding may stand anywhere else.
+    The new tokens of one page, for 4-bit pages those of one block, follow each other in `slot_mapping`, in
+    the order of their slots, as vLLM schedules them; padding may stand anywhere else.
 
     Args:
         key: ``[T, H, D]``, the model's dtype, contiguous in D.

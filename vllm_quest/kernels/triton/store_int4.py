@@ -1,8 +1,9 @@
 """Quantizes K and V of new tokens into 4-bit pages and widens the pages' bounds, in one launch.
 
 As in `store`, one program owns a touched page: that of the page's last token in this call. All pages of a
-block share its residual, which only the program of the block's last page writes. A page that goes on needs the
-residual that is there before; where it is not the block's last page, that program stores it, too, and first.
+block share its residuals, which only the program of the block's last page writes. A page that goes on needs
+the residuals that are there before; where it is not the block's last page, that program stores it, too, and
+first.
 """
 
 import torch
@@ -10,8 +11,15 @@ import triton
 import triton.language as tl
 
 from vllm_quest.kernels.triton.bounds import round_down, widen_bounds
-from vllm_quest.kernels.triton.codes import NO_FRACTION, fine_codes, fraction, group_channels, step_of
-from vllm_quest.kernels.triton.launch import bound_strides, check_int4, value_words
+from vllm_quest.kernels.triton.codes import (
+    NO_FRACTION,
+    fine_codes,
+    fraction,
+    group_channels,
+    step_of,
+    units_of,
+)
+from vllm_quest.kernels.triton.launch import Int4Cache
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["store_int4"]
@@ -41,18 +49,18 @@ def _load_new(tensor, source, stride, channel, mask):
 
 @triton.jit
 def _value_codes(
-    value, is_new, in_head, GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr, GROUPS: tl.constexpr
+    value, is_new, in_group, GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr, GROUPS: tl.constexpr
 ):
     """8-bit codes of V tokens ``[n, GROUPS_PAD * GROUP_PAD]``, and words of their zero points and scales."""
     SHAPE: tl.constexpr = [value.shape[0], GROUPS_PAD, GROUP_PAD]
-    low = tl.min(tl.where(in_head[None, :], value, float("inf")).reshape(SHAPE), 2)
-    high = tl.max(tl.where(in_head[None, :], value, float("-inf")).reshape(SHAPE), 2)
+    low = tl.min(tl.where(in_group, value, float("inf")).reshape(SHAPE), 2)
+    high = tl.max(tl.where(in_group, value, float("-inf")).reshape(SHAPE), 2)
     known = (tl.arange(0, GROUPS_PAD) < GROUPS)[None, :]
     zero = round_down(tl.where(known, low, 0.0))
     scale = -round_down(-step_of(zero, tl.where(known, high, 0.0)))
     codes = fine_codes(value.reshape(SHAPE), zero[:, :, None], scale[:, :, None]).reshape(value.shape)
     words = (zero.to(tl.int32, bitcast=True) >> 16) & 65535 | scale.to(tl.int32, bitcast=True)
-    return codes, words, is_new[:, None] & known
+    return codes, words, is_new & known
 
 
 @triton.jit
@@ -68,13 +76,11 @@ def _store_page(
     bound_params,
     slot_mapping,
     token,
+    run,
     residual_rows,
     stride_key,
     stride_value,
     stride_block,
-    stride_params,
-    stride_bounds,
-    stride_bound_params,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -83,104 +89,96 @@ def _store_page(
     BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """Stores the new tokens of the page that ends, in this call, with `token`; residuals if they are its own."""
+    """Stores the new tokens of the page that ends, in this call, with `token`.
+
+    `run` is where the head's runs begin, in units of 16 bytes; `residual_rows` is half a page where the
+    block's residuals are to be the page's, else 0.
+    """
     HALF: tl.constexpr = PAGE_SIZE // 2
     slot = tl.load(slot_mapping + token)
-    block = slot // BLOCK_SIZE
     page = slot % BLOCK_SIZE // PAGE_SIZE
+    run += slot // BLOCK_SIZE * stride_block
     row = tl.arange(0, HALF)
     back = slot % PAGE_SIZE - row
     low_source, low_new = _find_new(slot_mapping, token, slot, back)
     high_source, high_new = _find_new(slot_mapping, token, slot, back - HALF)
-    first = tl.min(
-        tl.minimum(tl.where(low_new, row, PAGE_SIZE), tl.where(high_new, row + HALF, PAGE_SIZE)), 0
-    )
-    goes_on = first > 0
-    low_old, high_old = row < first, row + HALF < first
+    low_new, high_new = low_new[:, None], high_new[:, None]
+    first = tl.min(tl.where(low_new, row[:, None], PAGE_SIZE))
+    first = tl.minimum(first, tl.min(tl.where(high_new, row[:, None] + HALF, PAGE_SIZE)))
+    low_old, high_old = (row < first)[:, None], (row + HALF < first)[:, None]
 
-    channel = tl.arange(0, HEAD_PAD)
-    in_head = channel < HEAD_SIZE
-    codes_at = row[:, None] * HEAD_SIZE + channel[None, :]
-    key_codes += block * stride_block + page * (HALF * HEAD_SIZE)
-    key_residual += block * stride_block
-    old = low_old[:, None] & in_head[None, :]  # the high tokens are not older where the low ones are not
+    key_codes += run * 16 + page * (HALF * HEAD_SIZE)
+    key_residual += run * 16
     tag = tl.load(key_residual + (HALF - 1) * HEAD_SIZE).to(tl.int32) >> 4
-    fine = tl.where(tag == page % TAGS, first, 0)  # tokens before this position have a residual
-    key_bytes = tl.load(key_codes + codes_at, mask=old, other=0).to(tl.int32)
-    key_rest = tl.load(key_residual + codes_at, mask=(row < fine)[:, None] & in_head[None, :], other=0x88).to(
-        tl.int32
-    )
-    low_key = _load_new(key, low_source, stride_key, channel, low_new[:, None] & in_head[None, :])
-    high_key = _load_new(key, high_source, stride_key, channel, high_new[:, None] & in_head[None, :])
+    has_residual = (row < tl.where(tag == page % TAGS, first, 0))[:, None]
+    channel = tl.arange(0, HEAD_PAD)
+    in_head = (channel < HEAD_SIZE)[None, :]
+    codes_at = row[:, None] * HEAD_SIZE + channel[None, :]
+    # A high token is older only where the low one is.
+    key_bytes = tl.load(key_codes + codes_at, mask=low_old & in_head, other=0).to(tl.int32)
+    key_rest = tl.load(key_residual + codes_at, mask=has_residual & in_head, other=0x88).to(tl.int32)
+    low_key = _load_new(key, low_source, stride_key, channel, low_new & in_head)
+    high_key = _load_new(key, high_source, stride_key, channel, high_new & in_head)
 
-    value_channel, in_value = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    value_channel, in_group = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    in_group = in_group[None, :]
     value_at = row[:, None] * HEAD_SIZE + value_channel[None, :]
-    value_codes += block * stride_block + page * (HALF * HEAD_SIZE)
-    value_residual += block * stride_block
-    value_inside = tl.broadcast_to(in_value[None, :], [HALF, GROUPS_PAD * GROUP_PAD])
+    value_codes += run * 16 + page * (HALF * HEAD_SIZE)
+    value_residual += run * 16
+    value_inside = tl.broadcast_to(in_group, [HALF, GROUPS_PAD * GROUP_PAD])
     value_bytes = tl.load(value_codes + value_at, mask=value_inside, other=0).to(tl.int32)
-    value_rest = tl.load(
-        value_residual + value_at, mask=(row < fine)[:, None] & in_value[None, :], other=0x88
-    ).to(tl.int32)
-    low_value = _load_new(
-        value, low_source, stride_value, value_channel, low_new[:, None] & in_value[None, :]
-    )
-    high_value = _load_new(
-        value, high_source, stride_value, value_channel, high_new[:, None] & in_value[None, :]
-    )
+    value_rest = tl.load(value_residual + value_at, mask=has_residual & in_group, other=0x88).to(tl.int32)
+    low_value = _load_new(value, low_source, stride_value, value_channel, low_new & in_group)
+    high_value = _load_new(value, high_source, stride_value, value_channel, high_new & in_group)
 
-    kmin = tl.min(
-        tl.minimum(
-            tl.where(low_new[:, None], low_key, float("inf")),
-            tl.where(high_new[:, None], high_key, float("inf")),
-        ),
-        0,
+    low_limit, high_limit = (
+        tl.where(low_new, low_key, float("inf")),
+        tl.where(high_new, high_key, float("inf")),
     )
-    kmax = tl.max(
-        tl.maximum(
-            tl.where(low_new[:, None], low_key, float("-inf")),
-            tl.where(high_new[:, None], high_key, float("-inf")),
-        ),
-        0,
+    kmin = tl.min(tl.minimum(low_limit, high_limit), 0)
+    low_limit, high_limit = (
+        tl.where(low_new, low_key, -float("inf")),
+        tl.where(high_new, high_key, -float("inf")),
     )
-    bounds += block * stride_bounds + page * (2 * HEAD_SIZE)
+    kmax = tl.max(tl.maximum(low_limit, high_limit), 0)
+    bounds += run * units_of(bounds) + page * (2 * HEAD_SIZE)
     if bound_params is not None:
-        bound_params += block * stride_bound_params + page * 2
+        bound_params += run * 4 + page * 2
     # From here on, the page is written: `widen_bounds` waits until all threads have read.
     old_zero, old_max, zero, kmax = widen_bounds(
-        bounds, bound_params, kmin, kmax, goes_on, channel, HEAD_SIZE
+        bounds, bound_params, kmin, kmax, first > 0, channel, HEAD_SIZE
     )
     old_step = step_of(old_zero, old_max)[None, :]
     old_zero = old_zero[None, :]
     low_code = (key_bytes & 15).to(tl.float32) + fraction(key_rest & 15)
     # The page's last token is never older than another one: its place, the tag's, is not read.
     high_code = (key_bytes >> 4).to(tl.float32) + fraction(key_rest >> 4)
-    low_key = tl.where(low_old[:, None], old_zero + old_step * low_code, low_key)
-    high_key = tl.where(high_old[:, None], old_zero + old_step * high_code, high_key)
+    low_key = tl.where(low_old, old_zero + old_step * low_code, low_key)
+    high_key = tl.where(high_old, old_zero + old_step * high_code, high_key)
     step = step_of(zero, kmax)[None, :]
     low_fine, high_fine = fine_codes(low_key, zero[None, :], step), fine_codes(high_key, zero[None, :], step)
-    inside = tl.broadcast_to(in_head[None, :], [HALF, HEAD_PAD])
+    inside = tl.broadcast_to(in_head, [HALF, HEAD_PAD])
     tl.store(key_codes + codes_at, ((low_fine >> 4) | (high_fine & 240)).to(tl.uint8), mask=inside)
     high_rest = tl.where((row == HALF - 1)[:, None], (page % TAGS).to(tl.int32), high_fine & 15)
     rest = (low_fine & 15) | (high_rest << 4)
     kept = inside & (row < residual_rows)[:, None]
     tl.store(key_residual + codes_at, rest.to(tl.uint8), mask=kept)
 
-    low_fine, low_words, low_known = _value_codes(low_value, low_new, in_value, GROUPS_PAD, GROUP_PAD, GROUPS)
+    low_fine, low_words, low_known = _value_codes(low_value, low_new, in_group, GROUPS_PAD, GROUP_PAD, GROUPS)
     high_fine, high_words, high_known = _value_codes(
-        high_value, high_new, in_value, GROUPS_PAD, GROUP_PAD, GROUPS
+        high_value, high_new, in_group, GROUPS_PAD, GROUP_PAD, GROUPS
     )
-    low_code = tl.where(low_new[:, None], low_fine >> 4, value_bytes & 15)
-    high_code = tl.where(high_new[:, None], high_fine & 240, value_bytes & 240)
+    low_code = tl.where(low_new, low_fine >> 4, value_bytes & 15)
+    high_code = tl.where(high_new, high_fine & 240, value_bytes & 240)
     tl.store(value_codes + value_at, (low_code | high_code).to(tl.uint8), mask=value_inside)
-    low_rest = tl.where(low_old[:, None], value_rest & 15, NO_FRACTION)
-    low_rest = tl.where(low_new[:, None], low_fine & 15, low_rest)
-    high_rest = tl.where(high_old[:, None], value_rest >> 4, NO_FRACTION)
-    high_rest = tl.where(high_new[:, None], high_fine & 15, high_rest)
+    low_rest = tl.where(low_old, value_rest & 15, NO_FRACTION)
+    low_rest = tl.where(low_new, low_fine & 15, low_rest)
+    high_rest = tl.where(high_old, value_rest >> 4, NO_FRACTION)
+    high_rest = tl.where(high_new, high_fine & 15, high_rest)
     rest = low_rest | (high_rest << 4)
     kept = value_inside & (row < residual_rows)[:, None]
     tl.store(value_residual + value_at, rest.to(tl.uint8), mask=kept)
-    value_params += block * stride_params + page * (PAGE_SIZE * GROUPS)
+    value_params += run * 4 + page * (PAGE_SIZE * GROUPS)
     params_at = row[:, None] * GROUPS + tl.arange(0, GROUPS_PAD)[None, :]
     tl.store(value_params + params_at, low_words, mask=low_known)
     tl.store(value_params + HALF * GROUPS + params_at, high_words, mask=high_known)
@@ -205,20 +203,14 @@ def _store_int4_kernel(
     stride_value_head,
     stride_block,
     stride_kv_head,
-    stride_params,
-    stride_params_head,
-    stride_bounds,
-    stride_bounds_head,
-    stride_bound_params,
-    stride_bound_params_head,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -229,14 +221,7 @@ def _store_int4_kernel(
     pending = tl.where(ends_page, token, num_tokens)
     key += kv_head * stride_key_head
     value += kv_head * stride_value_head
-    key_codes += kv_head * stride_kv_head
-    key_residual += kv_head * stride_kv_head
-    value_codes += kv_head * stride_kv_head
-    value_residual += kv_head * stride_kv_head
-    value_params += kv_head * stride_params_head
-    bounds += kv_head * stride_bounds_head
-    if bound_params is not None:
-        bound_params += kv_head * stride_bound_params_head
+    run = kv_head * stride_kv_head
     last = tl.min(pending, 0)
     while last < num_tokens:
         last_slot = tl.load(slot_mapping + last)
@@ -266,13 +251,11 @@ def _store_int4_kernel(
                 bound_params,
                 slot_mapping,
                 current,
+                run,
                 tl.where(ends_block & (current == last), PAGE_SIZE // 2, 0),
                 stride_key,
                 stride_value,
                 stride_block,
-                stride_params,
-                stride_bounds,
-                stride_bound_params,
                 HEAD_SIZE,
                 HEAD_PAD,
                 GROUPS,
@@ -301,41 +284,27 @@ def store_int4(
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return
-    check_int4(key_cache, value_cache)
-    num_kv_heads, pages_per_block, half, head_size = key_cache.codes.shape[1:]
-    page_size, groups = 2 * half, value_cache.params.shape[3]
+    cache = Int4Cache.of(key_cache, value_cache)
     if key.dtype != value.dtype or key.stride(2) != 1 or value.stride(2) != 1:
         raise ValueError("key, value: need the same dtype, contiguous in D")
     if slot_mapping.dtype != torch.int64:
         raise ValueError(f"slot_mapping: {slot_mapping.dtype}; needed: int64")
-    tokens = 1 if num_tokens <= SPREAD_TOKENS else page_size
-    head_pad, words = triton.next_power_of_2(head_size), value_words(value_cache)
-    _store_int4_kernel[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
+    tokens = 1 if num_tokens <= SPREAD_TOKENS else cache.page_size
+    elements = cache.page_size * triton.next_power_of_2(cache.head_size)
+    _store_int4_kernel[(triton.cdiv(num_tokens, tokens), cache.num_kv_heads)](
         key,
         value,
-        key_cache.codes,
-        key_cache.residual,
-        value_cache.codes,
-        words,
-        value_cache.residual,
-        *key_cache.bounds,
+        *cache[:7],
         slot_mapping,
         num_tokens,
         key.stride(0),
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        *key_cache.codes.stride()[:2],
-        *words.stride()[:2],
-        *bound_strides(key_cache.bounds),
-        HEAD_SIZE=head_size,
-        HEAD_PAD=head_pad,
-        GROUPS=groups,
-        GROUPS_PAD=triton.next_power_of_2(groups),
-        GROUP_PAD=triton.next_power_of_2(head_size // groups),
-        BLOCK_SIZE=pages_per_block * page_size,
-        BLOCK_PAD=triton.next_power_of_2(pages_per_block * page_size),
-        PAGE_SIZE=page_size,
+        cache.stride_block,
+        cache.stride_kv_head,
+        **cache.constants,
+        BLOCK_PAD=triton.next_power_of_2(cache.block_size),
         TOKENS=tokens,
-        num_warps=max(1, min(8, page_size * head_pad // (32 * ELEMENTS_PER_THREAD))),
+        num_warps=max(1, min(8, elements // (32 * ELEMENTS_PER_THREAD))),
     )
