@@ -306,5 +306,5 @@ def store_int4(
         **cache.constants,
         BLOCK_PAD=triton.next_power_of_2(cache.block_size),
         TOKENS=tokens,
-        num_warps=max(1, min(8, elements // (32 * ELEMENTS_PER_THREAD))),
+        num_warps=max(1, min(16, elements // (32 * ELEMENTS_PER_THREAD))),
     )
