@@ -65,10 +65,10 @@ GEOMETRIES = [
 # The same, and how bounds and groups of V are stored in 4-bit pages
 INT4_GEOMETRIES = [
     (64, 16, 8, "int8", 2),
-    (128, 8, 1, "auto", 1),
+    (128, 8, 1, "bfloat16", 1),
     (128, 16, 4, "int8", 1),
     (128, 16, 4, "int8", 4),
-    (128, 32, 16, "auto", 4),
+    (128, 32, 16, "bfloat16", 4),
     (96, 64, 4, "int8", 3),
 ]
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 CONFIGURATIONS = [
     (DTYPES[-1], 8, 64, 2, 4, "int8", 1),
     (DTYPES[0], 16, 128, 1, 8, "int8", 4),
-    (DTYPES[1], 32, 80, 3, 1, "auto", 1),
-    (DTYPES[0], 64, 96, 2, 3, "auto", 3),
+    (DTYPES[1], 32, 80, 3, 1, "bfloat16", 1),
+    (DTYPES[0], 64, 96, 2, 3, "bfloat16", 3),
     (DTYPES[0], 16, 96, 1, 16, "int8", 2),  # 48 channels of V in a group
 ]
 EVERY_CONFIGURATION = pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)

@@ -1,7 +1,7 @@
 """`attend_pages` over 4-bit pages: as in `attend`, but K and V are dequantized in registers.
 
 A tile is of byte rows; each holds two tokens of a page, so that K, V and the logits come as two tiles. Only a
-row's last page has residuals, and its last tile has that page: it comes after the others.
+row's last page has residuals; its tiles come after the others.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from vllm_quest.kernels.triton.codes import NO_FRACTION, fraction, group_channels, split_words, units_of
+from vllm_quest.kernels.triton.codes import (
+    NO_FRACTION,
+    as_float,
+    fraction,
+    group_channels,
+    split_words,
+)
 from vllm_quest.kernels.triton.launch import Choice, Int4Cache, choose
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
@@ -19,15 +25,16 @@ from vllm_quest.layout import Int4Keys, Int4Values
 __all__ = ["Attention", "int4_attention"]
 
 PART = tl.constexpr(1 / 15)  # of a range, a quantizer's step
+LARGEST_FLOAT16 = tl.constexpr(65504.0)
 TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
 
 
 @triton.jit
-def _codes(bytes, rest, IS_LAST: tl.constexpr):
+def _codes(bytes, rest, HAS_REST: tl.constexpr):
     """Codes of the low and the high tokens in float32; of 8 bits, where there is a residual."""
     bytes = bytes.to(tl.int32)
-    low, high = (bytes & 15).to(tl.float32), (bytes >> 4).to(tl.float32)
-    if IS_LAST:
+    low, high = as_float(bytes & 15), as_float(bytes >> 4)
+    if HAS_REST:
         rest = rest.to(tl.int32)
         low += fraction(rest & 15)
         high += fraction(rest >> 4)
@@ -43,16 +50,46 @@ def _values(codes, params, mask, GROUPS_PAD: tl.constexpr):
 
 
 @triton.jit
+def _as_operand(x, DOT: tl.constexpr, IS_FLOAT16: tl.constexpr):
+    """For a dot product; rounded bounds and zero points may lie beyond float16: limited to its range."""
+    if IS_FLOAT16:
+        x = tl.minimum(tl.maximum(x, -LARGEST_FLOAT16), LARGEST_FLOAT16)
+    return x.to(DOT)
+
+
+@triton.jit
+def _find_pages(
+    start,
+    end,
+    page_indices,
+    block_table,
+    reads_list,
+    run,
+    stride_block,
+    PAGES_PER_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Of each of the next ROWS byte rows of the list: its run, and its page's number in it."""
+    ordinal = (start + tl.arange(0, ROWS)) // HALF
+    listed = tl.where(reads_list, end // HALF, 0)
+    page = tl.load(page_indices + ordinal, mask=ordinal < listed, other=0)
+    page = tl.where(reads_list, page, ordinal)
+    block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=ordinal * HALF < end, other=0).to(tl.int64)
+    return run + block * stride_block, page % PAGES_PER_BLOCK
+
+
+@triton.jit
 def _attend_tile(
     q,
     acc,
     peak,
     norm,
     start,
-    listed,
-    seq_len,
-    reads_list,
-    residual_page,
+    run,
+    page,
+    seen,
+    residual_start,
     key_codes,
     key_residual,
     value_codes,
@@ -60,63 +97,61 @@ def _attend_tile(
     value_residual,
     bounds,
     bound_params,
-    block_table,
-    page_indices,
     scale_log2,
     least_weight,
-    run,
-    stride_block,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     GROUP_PAD: tl.constexpr,
-    PAGES_PER_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     DOT: tl.constexpr,
-    IS_LAST: tl.constexpr,
+    IS_FLOAT16: tl.constexpr,
+    HAS_REST: tl.constexpr,
 ):
-    """The softmax so far, with the tokens of ROWS byte rows from `start` on."""
+    """The softmax so far, with the tokens of ROWS byte rows of the list from `start` on.
+
+    `seen` tokens of the list are visible. With HAS_REST, the rows from `residual_start` on have residuals.
+    """
     HALF: tl.constexpr = PAGE_SIZE // 2
     slot = start + tl.arange(0, ROWS)
-    page = tl.load(page_indices + slot // HALF, mask=slot < listed, other=-1)
-    page = tl.where(reads_list, page, slot // HALF)
     half_row = slot % HALF
-    token = page * PAGE_SIZE + half_row
-    low_seen = (page >= 0) & (token < seq_len)
-    high_seen = (page >= 0) & (token + HALF < seq_len)
-    block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=low_seen, other=0).to(tl.int64)
-    page_in_block = page % PAGES_PER_BLOCK
-    run += block * stride_block
-    row = run * 16 + (page_in_block * HALF + half_row) * HEAD_SIZE
+    token = slot // HALF * PAGE_SIZE + half_row  # of the list
+    low_seen, high_seen = token < seen, token + HALF < seen
+    row = run * 16 + (page * HALF + half_row) * HEAD_SIZE
 
     channel = tl.arange(0, HEAD_PAD)[None, :]
     loaded = low_seen[:, None] & (channel < HEAD_SIZE)
     key_bytes = tl.load(key_codes + row[:, None] + channel, mask=loaded, other=0)
-    bound_row = bounds + (run * units_of(bounds) + page_in_block * (2 * HEAD_SIZE))[:, None] + channel
-    kmin = tl.load(bound_row, mask=loaded, other=0).to(tl.float32)
-    kmax = tl.load(bound_row + HEAD_SIZE, mask=loaded, other=0).to(tl.float32)
+    UNITS: tl.constexpr = 128 // bounds.dtype.element_ty.primitive_bitwidth
+    bound_row = bounds + (run * UNITS + page * (2 * HEAD_SIZE))[:, None] + channel
+    kmin = tl.load(bound_row, mask=loaded, other=0)
+    kmax = tl.load(bound_row + HEAD_SIZE, mask=loaded, other=0)
     if bound_params is not None:
-        pair = bound_params + run * 4 + page_in_block * 2
+        pair = bound_params + run * 4 + page * 2
         scale = tl.load(pair + 1, mask=low_seen, other=0.0)[:, None]
+        kmin, kmax = as_float(kmin.to(tl.int32)), as_float(kmax.to(tl.int32))
         step = (scale * PART) * (kmax - kmin)
         kmin = tl.load(pair, mask=low_seen, other=0.0)[:, None] + scale * kmin
     else:
-        step = kmax * PART - kmin * PART
-    residual_row = run * 16 + half_row * HEAD_SIZE
-    has_residual = low_seen & (page == residual_page)
+        kmin, kmax = kmin.to(tl.float32), kmax.to(tl.float32)
+        step = (kmax - kmin) * PART
     key_rest = key_bytes
-    if IS_LAST:
-        rest_mask = has_residual[:, None] & (channel < HEAD_SIZE)
-        key_rest = tl.load(key_residual + residual_row[:, None] + channel, mask=rest_mask, other=0x88)
+    has_rest = low_seen & (slot >= residual_start)
+    if HAS_REST:
+        rest_row = run * 16 + half_row * HEAD_SIZE
+        mask = has_rest[:, None] & (channel < HEAD_SIZE)
+        key_rest = tl.load(key_residual + rest_row[:, None] + channel, mask=mask, other=0x88)
         # The tag's place: the page's last token has 4 bits.
         is_tag = (half_row == HALF - 1)[:, None]
         key_rest = tl.where(is_tag, key_rest & 15 | (NO_FRACTION << 4), key_rest)
-    low, high = _codes(key_bytes, key_rest, IS_LAST)
-    low_logits = tl.dot(q, tl.trans((kmin + step * low).to(DOT)), input_precision="ieee") * scale_log2
-    high_logits = tl.dot(q, tl.trans((kmin + step * high).to(DOT)), input_precision="ieee") * scale_log2
+    low, high = _codes(key_bytes, key_rest, HAS_REST)
+    low_key = _as_operand(kmin + step * low, DOT, IS_FLOAT16)
+    high_key = _as_operand(kmin + step * high, DOT, IS_FLOAT16)
+    low_logits = tl.dot(q, tl.trans(low_key), input_precision="ieee") * scale_log2
+    high_logits = tl.dot(q, tl.trans(high_key), input_precision="ieee") * scale_log2
     low_logits = tl.where(low_seen[None, :], low_logits, float("-inf"))  # [16, ROWS]
     high_logits = tl.where(high_seen[None, :], high_logits, float("-inf"))
 
@@ -135,24 +170,23 @@ def _attend_tile(
     norm = norm * rescale + tl.sum(low_weights + high_weights, 1)
 
     value_channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
-    value_mask = read[:, None] & in_head[None, :]
-    value_bytes = tl.load(value_codes + row[:, None] + value_channel[None, :], mask=value_mask, other=0)
+    mask = read[:, None] & in_head[None, :]
+    value_bytes = tl.load(value_codes + row[:, None] + value_channel[None, :], mask=mask, other=0)
     value_rest = value_bytes
-    if IS_LAST:
-        value_rest = tl.load(
-            value_residual + residual_row[:, None] + value_channel[None, :],
-            mask=value_mask & has_residual[:, None],
-            other=0x88,
-        )
-    low, high = _codes(value_bytes, value_rest, IS_LAST)
+    if HAS_REST:
+        rest = value_residual + rest_row[:, None] + value_channel[None, :]
+        value_rest = tl.load(rest, mask=mask & has_rest[:, None], other=0x88)
+    low, high = _codes(value_bytes, value_rest, HAS_REST)
     group = tl.arange(0, GROUPS_PAD)[None, :]
-    params = run * 4 + (page_in_block * PAGE_SIZE + half_row) * GROUPS
+    params = run * 4 + (page * PAGE_SIZE + half_row) * GROUPS
     params = value_params + params[:, None] + group
     in_groups = group < GROUPS
     low_value = _values(low, params, low_seen[:, None] & in_groups, GROUPS_PAD)
-    acc = tl.dot(low_weights.to(DOT), low_value.to(DOT), acc * rescale[:, None], input_precision="ieee")
+    low_value = _as_operand(low_value, DOT, IS_FLOAT16)
+    acc = tl.dot(low_weights.to(DOT), low_value, acc * rescale[:, None], input_precision="ieee")
     high_value = _values(high, params + HALF * GROUPS, high_seen[:, None] & in_groups, GROUPS_PAD)
-    acc = tl.dot(high_weights.to(DOT), high_value.to(DOT), acc, input_precision="ieee")
+    high_value = _as_operand(high_value, DOT, IS_FLOAT16)
+    acc = tl.dot(high_weights.to(DOT), high_value, acc, input_precision="ieee")
     return acc, new_peak, norm
 
 
@@ -187,6 +221,7 @@ def _attend_int4_kernel(
     stride_out_row,
     stride_out_head,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -200,13 +235,16 @@ def _attend_int4_kernel(
     HALF: tl.constexpr = PAGE_SIZE // 2
     PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
     ROWS: tl.constexpr = TILE // 2
+    IS_FLOAT16: tl.constexpr = query.dtype.element_ty == tl.float16
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens + row)
     reads_list = seq_len >= min_context
     pages = tl.cdiv(seq_len, PAGE_SIZE)
-    total = tl.where(reads_list, tl.minimum(pages, budget_pages), pages) * HALF
+    pages_read = tl.where(reads_list, tl.minimum(pages, budget_pages), pages)
+    total = pages_read * HALF
+    seen = pages_read * PAGE_SIZE - (pages * PAGE_SIZE - seq_len)  # the row's last page is the list's last
     first, end, active = split_range(total, ROWS, split, splits)
     out += row * stride_out_row + kv_head * GROUP * stride_out_head
     value_channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
@@ -227,104 +265,43 @@ def _attend_int4_kernel(
     acc = tl.zeros([16, GROUPS_PAD * GROUP_PAD], tl.float32)
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
-    listed = tl.where(reads_list, end, 0)
-    last_page = pages - 1
-    # The row's last tile comes behind the loop, which then reads no residual.
-    plain_end = tl.where(end == total, first + (end - 1 - first) // ROWS * ROWS, end)
-    for start in tl.range(first, plain_end, ROWS):
-        acc, peak, norm = _attend_tile(
-            q,
-            acc,
-            peak,
-            norm,
-            start,
-            listed,
-            seq_len,
-            reads_list,
-            last_page,
-            key_codes,
-            key_residual,
-            value_codes,
-            value_params,
-            value_residual,
-            bounds,
-            bound_params,
-            block_table,
-            page_indices,
-            scale_log2,
-            least_weight,
-            run,
-            stride_block,
-            GROUP,
-            HEAD_SIZE,
-            HEAD_PAD,
-            GROUPS,
-            GROUPS_PAD,
-            GROUP_PAD,
-            PAGES_PER_BLOCK,
-            PAGE_SIZE,
-            ROWS,
-            DOT,
-            False,
-        )
-    if end == total:
-        last_block = tl.load(block_table + last_page // PAGES_PER_BLOCK).to(tl.int64)
-        last_run = run + last_block * stride_block
-        tag = tl.load(key_residual + last_run * 16 + (HALF - 1) * HEAD_SIZE).to(tl.int32) >> 4
-        acc, peak, norm = _attend_tile(
-            q,
-            acc,
-            peak,
-            norm,
-            plain_end,
-            listed,
-            seq_len,
-            reads_list,
-            tl.where(tag == last_page % PAGES_PER_BLOCK % TAGS, last_page, -1),
-            key_codes,
-            key_residual,
-            value_codes,
-            value_params,
-            value_residual,
-            bounds,
-            bound_params,
-            block_table,
-            page_indices,
-            scale_log2,
-            least_weight,
-            run,
-            stride_block,
-            GROUP,
-            HEAD_SIZE,
-            HEAD_PAD,
-            GROUPS,
-            GROUPS_PAD,
-            GROUP_PAD,
-            PAGES_PER_BLOCK,
-            PAGE_SIZE,
-            ROWS,
-            DOT,
-            True,
-        )
-    finish_split(
-        acc,
-        peak,
-        norm,
-        out,
-        scratch,
-        arrivals,
-        row,
-        kv_head,
-        split,
-        splits,
-        active,
-        stride_out_head,
-        value_channel,
-        in_head,
-        GROUP,
-        HEAD_SIZE,
-        HEAD_PAD,
+    # The tiles of the row's last page come behind the loop, which then reads no residual.
+    plain_end = tl.minimum(end, first + tl.maximum(total - HALF - first, 0) // ROWS * ROWS)
+    page_run, page = _find_pages(
+        first, end, page_indices, block_table, reads_list, run, stride_block, PAGES_PER_BLOCK, HALF, ROWS
     )
+    for start in tl.range(first, plain_end, ROWS):
+        this_run, this_page = page_run, page
+        # One tile ahead: K and V whose addresses are known are loaded several tiles ahead.
+        page_run, page = _find_pages(
+            start + ROWS, end, page_indices, block_table, reads_list, run, stride_block,
+            PAGES_PER_BLOCK, HALF, ROWS,
+        )  # fmt: skip
+        acc, peak, norm = _attend_tile(
+            q, acc, peak, norm, start, this_run, this_page, seen, total,
+            key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
+            scale_log2, least_weight, GROUP, HEAD_SIZE, HEAD_PAD, GROUPS, GROUPS_PAD, GROUP_PAD,
+            PAGE_SIZE, ROWS, DOT, IS_FLOAT16, False,
+        )  # fmt: skip
+    for start in tl.range(plain_end, end, ROWS, num_stages=1):
+        last_page = pages - 1
+        last_block = tl.load(block_table + last_page // PAGES_PER_BLOCK).to(tl.int64)
+        tag_at = (run + last_block * stride_block) * 16 + (HALF - 1) * HEAD_SIZE
+        tag = tl.load(key_residual + tag_at).to(tl.int32) >> 4
+        residual_start = tl.where(tag == last_page % PAGES_PER_BLOCK % TAGS, total - HALF, total)
+        page_run, page = _find_pages(
+            start, end, page_indices, block_table, reads_list, run, stride_block, PAGES_PER_BLOCK, HALF, ROWS
+        )
+        acc, peak, norm = _attend_tile(
+            q, acc, peak, norm, start, page_run, page, seen, residual_start,
+            key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
+            scale_log2, least_weight, GROUP, HEAD_SIZE, HEAD_PAD, GROUPS, GROUPS_PAD, GROUP_PAD,
+            PAGE_SIZE, ROWS, DOT, IS_FLOAT16, True,
+        )  # fmt: skip
+    finish_split(
+        acc, peak, norm, out, scratch, arrivals, row, kv_head, split, splits, active, stride_out_head,
+        value_channel, in_head, GROUP, HEADS, HEAD_SIZE, HEAD_PAD,
+    )  # fmt: skip
 
 
 class Attention(NamedTuple):

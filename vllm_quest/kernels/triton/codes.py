@@ -9,7 +9,16 @@ import triton.language as tl
 
 from vllm_quest.kernels.triton.bounds import inverse
 
-__all__ = ["NO_FRACTION", "fine_codes", "fraction", "group_channels", "split_words", "step_of", "units_of"]
+__all__ = [
+    "NO_FRACTION",
+    "as_float",
+    "fine_codes",
+    "fraction",
+    "group_channels",
+    "split_words",
+    "step_of",
+    "units_of",
+]
 
 STEPS = tl.constexpr(15.0)
 FINE = tl.constexpr(16.0)  # an 8-bit code counts sixteenths of a 4-bit step
@@ -25,7 +34,7 @@ def units_of(pointer):
 
 @triton.jit
 def step_of(low, high):
-    """A quantizer's step, ``high / 15 - low / 15``: their difference might not be finite."""
+    """A quantizer's step, rounded as the reference rounds it."""
     return tl.math.div_rn(high, STEPS) - tl.math.div_rn(low, STEPS)
 
 
@@ -37,9 +46,15 @@ def fine_codes(x, zero, step):
 
 
 @triton.jit
+def as_float(code):
+    """A small int32 in float32, exactly: the bits of 2^23 + code, less 2^23. Conversions are slow."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
 def fraction(residual):
     """What a residual nibble, int32, adds to a 4-bit code."""
-    return (residual - NO_FRACTION).to(tl.float32) / FINE
+    return (as_float(residual) - NO_FRACTION) / FINE
 
 
 @triton.jit

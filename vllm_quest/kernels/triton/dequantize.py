@@ -11,6 +11,7 @@ from vllm_quest.layout import Int4Keys, Int4Values
 __all__ = ["dequantize_blocks"]
 
 ELEMENTS_PER_THREAD = 32
+LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -18,6 +19,8 @@ def _store_tokens(out, place, wanted, tokens, channel, in_head, stride_token):
     """The tokens at `place`, ``[n]``; 0 from `wanted` on."""
     inside = tl.broadcast_to(in_head[None, :], tokens.shape)
     tokens = tl.where((place < wanted)[:, None], tokens, 0.0)
+    if out.dtype.element_ty == tl.float16:  # bounds and zero points were rounded, perhaps beyond it
+        tokens = tl.minimum(tl.maximum(tokens, -LARGEST_FLOAT16), LARGEST_FLOAT16)
     tl.store(
         out + place[:, None] * stride_token + channel[None, :], tokens.to(out.dtype.element_ty), mask=inside
     )

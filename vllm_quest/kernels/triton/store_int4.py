@@ -24,7 +24,7 @@ from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["store_int4"]
 
-LARGEST = tl.constexpr(3.3895313892515355e38)  # of bfloat16
+LARGEST = tl.constexpr(2.0**126)  # what larger elements are stored as: a range must be finite, too
 TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
 # As for `store`: up to here every token has a program of its own.
 SPREAD_TOKENS = 512
