@@ -72,7 +72,7 @@ def _find_pages(
 ):
     """Of each of the next ROWS byte rows of the list: its run, and its page's number in it."""
     ordinal = (start + tl.arange(0, ROWS)) // HALF
-    listed = tl.where(reads_list, end // HALF, 0)
+    listed = tl.where(reads_list, tl.cdiv(end, HALF), 0)
     page = tl.load(page_indices + ordinal, mask=ordinal < listed, other=0)
     page = tl.where(reads_list, page, ordinal)
     block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=ordinal * HALF < end, other=0).to(tl.int64)
@@ -137,7 +137,7 @@ def _attend_tile(
         kmin = tl.load(pair, mask=low_seen, other=0.0)[:, None] + scale * kmin
     else:
         kmin, kmax = kmin.to(tl.float32), kmax.to(tl.float32)
-        step = (kmax - kmin) * PART
+        step = kmax * PART - kmin * PART  # their difference might not be finite
     key_rest = key_bytes
     has_rest = low_seen & (slot >= residual_start)
     if HAS_REST:
