@@ -32,7 +32,7 @@ __all__ = [
 # A program of few tiles costs little; a GPU that waits for the longest row costs much. So every row is cut
 # into at least this many splits, where it has as many tiles.
 MIN_SPLITS = 4
-PROGRAMS_PER_MULTIPROCESSOR = {"score": 6, "attend": 3}
+PROGRAMS_PER_MULTIPROCESSOR = {"score": 4, "attend": 3}
 # A split of attention has at least this many tokens, whatever the tile: the scratch memory follows from it.
 SPLIT_TOKENS = 128
 # One program merges what the splits of a row found: the outputs of all splits, but only the sums of scores.
