@@ -74,6 +74,7 @@ BACKEND: Contract = {
         ),
     ),
     "vllm_quest/backend/base.py": (
+        On(f"{_BACKEND}.AttentionLayer", "a type only"),
         On(
             f"{_BACKEND}.AttentionBackend",
             "what we answer, or what vLLM answers and we explain",

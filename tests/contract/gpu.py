@@ -101,8 +101,9 @@ _GPU = (
         ),
         fields=("max_query_len", "max_seq_len", "causal", "is_prefilling"),
         called=(
-            "replace(query_start_loc=..., query_start_loc_cpu=..., seq_lens=..., num_reqs=..., "
-            "num_actual_tokens=..., block_table_tensor=..., slot_mapping=...)",
+            "replace(query_start_loc=..., query_start_loc_cpu=..., seq_lens=..., "
+            "seq_lens_cpu_upper_bound=..., num_reqs=..., num_actual_tokens=..., block_table_tensor=..., "
+            "slot_mapping=...)",
         ),
     ),
     On(
@@ -189,6 +190,11 @@ _CUDA = (
         f"{_FLASH}.FlashAttentionMetadataBuilder",
         "our base class",
         declared=("@classmethod get_cudagraph_support(cls, vllm_config, kv_cache_spec)",),
+    ),
+    On(
+        f"{_FLASH}.FlashAttentionMetadataBuilder.__init__",
+        "4-bit pages: prefill is scheduled for the workspace's dtype",
+        code=("self.kv_cache_dtype = kv_cache_spec.dtype",),
     ),
     On(f"{_FLASH}.FlashAttentionMetadata", "prefill rows and dense layers", fields=_DENSE),
     On(

@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 
 from vllm_quest.kernels.triton.codes import group_channels, split_words, step_of, units_of
-from vllm_quest.kernels.triton.launch import Int4Cache
+from vllm_quest.kernels.triton.launch import Int4Cache, warps_for
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["dequantize_blocks"]
 
-ELEMENTS_PER_THREAD = 32
+ELEMENTS_PER_THREAD = 16  # of half a page: 16 bytes of codes
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
@@ -139,7 +139,7 @@ def dequantize_blocks(
         raise ValueError(f"blocks, num_tokens: {blocks.dtype}, {num_tokens.dtype}; needed: int32, [{count}]")
     if count == 0:
         return
-    elements = cache.page_size * triton.next_power_of_2(cache.head_size)
+    elements = cache.page_size // 2 * triton.next_power_of_2(cache.head_size)
     _dequantize_kernel[(count, cache.block_size // cache.page_size, cache.num_kv_heads)](
         cache.key,
         cache.value,
@@ -154,5 +154,5 @@ def dequantize_blocks(
         cache.stride_kv_head,
         *key_out.stride()[:3],
         **cache.constants,
-        num_warps=max(1, min(8, elements // (32 * ELEMENTS_PER_THREAD))),
+        num_warps=warps_for(elements, ELEMENTS_PER_THREAD, blocks.device),
     )

@@ -27,6 +27,7 @@ __all__ = [
     "dot_type",
     "split_count",
     "split_total",
+    "warps_for",
 ]
 
 # A program of few tiles costs little; a GPU that waits for the longest row costs much. So every row is cut
@@ -91,6 +92,12 @@ def architecture(device: torch.device) -> str:
         return "cdna"
     major = torch.cuda.get_device_capability(device)[0]
     return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(major, "ampere")
+
+
+def warps_for(elements: int, per_thread: int, device: torch.device) -> int:
+    """Warps, 1 to 8, whose threads have `per_thread` of the elements of a tile each."""
+    width = 64 if architecture(device) == "cdna" else 32
+    return max(1, min(8, elements // (width * per_thread)))
 
 
 @cache

@@ -20,7 +20,7 @@ from vllm_quest.kernels.triton.codes import (
     step_of,
     units_of,
 )
-from vllm_quest.kernels.triton.launch import Int4Cache
+from vllm_quest.kernels.triton.launch import Int4Cache, warps_for
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["store_int4"]
@@ -29,7 +29,7 @@ LARGEST = tl.constexpr(2.0**126)  # what larger elements are stored as: a range 
 TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
 # As for `store`: up to here every token has a program of its own.
 SPREAD_TOKENS = 512
-ELEMENTS_PER_THREAD = 16
+ELEMENTS_PER_THREAD = 8  # of half a page: 16 bytes of K
 
 
 @triton.jit
@@ -342,7 +342,7 @@ def store_int4(
     if slot_mapping.dtype != torch.int64:
         raise ValueError(f"slot_mapping: {slot_mapping.dtype}; needed: int64")
     tokens = 1 if num_tokens <= SPREAD_TOKENS else cache.page_size
-    elements = cache.page_size * triton.next_power_of_2(cache.head_size)
+    elements = cache.page_size // 2 * triton.next_power_of_2(cache.head_size)
     _store_int4_kernel[(triton.cdiv(num_tokens, tokens), cache.num_kv_heads)](
         key,
         value,
@@ -358,5 +358,5 @@ def store_int4(
         **cache.constants,
         BLOCK_PAD=triton.next_power_of_2(cache.block_size),
         TOKENS=tokens,
-        num_warps=max(1, min(8, elements // (32 * ELEMENTS_PER_THREAD))),
+        num_warps=warps_for(elements, ELEMENTS_PER_THREAD, key.device),
     )
