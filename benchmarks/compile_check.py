@@ -67,9 +67,9 @@ INT4_GEOMETRIES = [
     (64, 16, 8, "int8", 2),
     (128, 8, 1, "bfloat16", 1),
     (128, 16, 4, "int8", 1),
-    (128, 16, 4, "int8", 4),
     (128, 32, 16, "bfloat16", 4),
     (96, 64, 4, "int8", 3),
+    (256, 16, 4, "int8", 8),
 ]
 
 
@@ -282,7 +282,8 @@ def check(index: int, target_name: str) -> Result:
     problems = {
         "spills": spilled > 0 and registers > limit - 8,
         f"more shared memory than {target.shared_limit // KIB} KiB": shared > target.shared_limit,
-        "no 16-byte loads": wide == 0,
+        # A page to dequantize can be smaller than what a wave loads with 16 bytes per thread.
+        "no 16-byte loads": wide == 0 and case.kernel != "dequantize",
     }
     problem = ", ".join(name for name, found in problems.items() if found)
     return Result(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm.config import set_current_vllm_config
 
-from tests.backend.harness import HEAD_SIZE, HEADS, KV_HEADS, Engine, inputs, vllm_config
-from tests.backend.test_gpu import Backend, Impl
+from tests.backend.harness import HEAD_SIZE, KV_HEADS, Engine, inputs
+from tests.backend.test_gpu import Backend
 from tests.backend.test_int4 import DENSE, INT4, attention, decoded, stored
 from vllm_quest.backend.workspace import Workspace
-from vllm_quest.kernels.triton.launch import MAX_INT4_HEAD_SIZE
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -84,14 +82,3 @@ def test_drafts_see_what_single_tokens_see_but_for_the_residual() -> None:
         for row in range(3):
             seen = len(keys) - 2 + row
             assert_reads(output[row, None], query[row, None], keys[:seen], values[:seen])
-
-
-def test_heads_that_registers_cannot_hold_are_refused() -> None:
-    config = vllm_config(INT4, {})
-    arguments = (1.0, KV_HEADS, None, None, "auto")
-    with set_current_vllm_config(config):
-        assert Impl(HEADS, MAX_INT4_HEAD_SIZE, *arguments).storage is not None
-        with pytest.raises(
-            ValueError, match=r"head size with kv_dtype=int4 not supported .a GPU's registers"
-        ):
-            Impl(HEADS, MAX_INT4_HEAD_SIZE + 16, *arguments)

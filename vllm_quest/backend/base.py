@@ -94,7 +94,6 @@ class QuestImpl:
     dense_reason: str | None
     storage: torch.Tensor | None
     prefill_workspace: workspace.Workspace | None
-    max_int4_head_size: ClassVar[int | None] = None  # of what the device's kernels read
     scale: float  # vLLM's
     can_return_lse_for_decode: ClassVar[bool] = False
 
@@ -126,13 +125,11 @@ class QuestImpl:
         self.supports_dcp = self.supports_quant_query_input = False
         # Remembered for customize_spec, which vLLM calls outside its configuration context.
         is_int4 = current_config().kv_dtype == "int4"
-        most_channels = self.max_int4_head_size or head_size
         unsupported = {
             "ALiBi": getattr(self, "alibi_slopes", None) is not None,
             "logits soft cap": bool(getattr(self, "logits_soft_cap", None)),
             "attention sinks": getattr(self, "sinks", None) is not None,
             "sliding windows with kv_dtype=int4": is_int4 and sliding_window is not None,
-            "this head size with kv_dtype=int4": is_int4 and head_size > most_channels,
         }
         if any(unsupported.values()):
             raise refusal([explain(feature) for feature, used in unsupported.items() if used])

@@ -35,7 +35,6 @@ from vllm_quest.backend.workspace import Workspace as PrefillWorkspace
 from vllm_quest.config import NO_CONTEXT, QuestConfig, QuestConfigError
 from vllm_quest.kernels import triton as kernels
 from vllm_quest.kernels.triton import Workspace
-from vllm_quest.kernels.triton.launch import MAX_INT4_HEAD_SIZE
 from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.metrics import CounterFile
 
@@ -319,7 +318,6 @@ class QuestGPUImpl(QuestImpl):
     """Per layer and step: vLLM's kernel for prefill; score, select and attend for decode."""
 
     kernels: ClassVar[ModuleType] = kernels
-    max_int4_head_size: ClassVar[int | None] = MAX_INT4_HEAD_SIZE
     workspace: Workspace
 
     def forward(

@@ -8,10 +8,6 @@ _WHY = (
     ("encoder_decoder", "cross-attention caches are not decoded into"),
     ("encoder", "encoder attention has no KV cache to decode from"),
     ("kv_cache_dtype", "--kv-cache-dtype must be auto: K, V and bounds share the model's dtype"),
-    (
-        "head size with kv_dtype=int4",
-        "a GPU's registers do not hold tiles of more than 128 channels of 4-bit K and V",
-    ),
     ("attention sinks", "a logit without a key is not part of the page bound"),
 )
 

@@ -15,7 +15,6 @@ from vllm_quest.layout import Int4Keys, Int4Values, PageBounds
 __all__ = [
     "CHUNK",
     "GROUP_PAD",
-    "MAX_INT4_HEAD_SIZE",
     "SPLIT_TOKENS",
     "Choice",
     "Int4Cache",
@@ -39,8 +38,6 @@ SPLIT_TOKENS = 128
 # One program merges what the splits of a row found: the outputs of all splits, but only the sums of scores.
 _MAX_SPLITS = {"score": 256, "attend": 32}
 
-# Beyond, a tile of 4-bit K and V with its bounds does not fit into the registers of every architecture.
-MAX_INT4_HEAD_SIZE = 128
 GROUP_PAD = 16  # a tensor core takes at least this many query heads
 CHUNK = 4096  # pages that one program of the selection holds in registers
 
@@ -72,14 +69,14 @@ _CHOICES = {
     ("attend_near", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
     ("attend_near", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
     ("attend_near", "cdna"): {64: Choice(32, 4, 1), 128: Choice(32, 4, 1), 256: Choice(32, 4, 1)},
-    ("attend_int4", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
-    ("attend_int4", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4)},
-    ("attend_int4", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4)},
-    ("attend_int4", "cdna"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
-    ("attend_int4_near", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
-    ("attend_int4_near", "hopper"): {64: Choice(32, 4, 3), 128: Choice(32, 4, 3)},
-    ("attend_int4_near", "blackwell"): {64: Choice(32, 4, 3), 128: Choice(32, 4, 3)},
-    ("attend_int4_near", "cdna"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2)},
+    ("attend_int4", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
+    ("attend_int4", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 2)},
+    ("attend_int4", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 2)},
+    ("attend_int4", "cdna"): {64: Choice(64, 2, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
+    ("attend_int4_near", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
+    ("attend_int4_near", "hopper"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
+    ("attend_int4_near", "blackwell"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
+    ("attend_int4_near", "cdna"): {64: Choice(64, 2, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
 }
 
 
@@ -231,9 +228,8 @@ class Int4Cache(NamedTuple):
         codes, bounds = key_cache.codes, key_cache.bounds
         blocks, heads, pages, half, dim = codes.shape
         groups = value_cache.params.shape[3]
-        if not 16 <= dim <= MAX_INT4_HEAD_SIZE or dim % 16:
-            allowed = f"multiples of 16 up to {MAX_INT4_HEAD_SIZE}"
-            raise ValueError(f"head_size: {dim}; allowed for 4-bit pages: {allowed}")
+        if not 16 <= dim <= 256 or dim % 16:
+            raise ValueError(f"head_size: {dim}; allowed for 4-bit pages: multiples of 16 up to 256")
         if half < 4 or half & (half - 1):
             raise ValueError(f"page_size: {2 * half}; allowed: a power of two, at least 8")
         rows = ((half, dim), (dim, 1))
