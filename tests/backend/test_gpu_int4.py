@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.backend import test_int4
 from tests.backend.harness import HEAD_SIZE, KV_HEADS, Engine, inputs
 from tests.backend.test_gpu import Backend
-from tests.backend.test_int4 import DENSE, INT4, attention, decoded, stored
+from tests.backend.test_int4 import attention, decoded, stored
 from vllm_quest.backend.workspace import Workspace
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+DENSE, INT4 = (quest | {"page_size": 16} for quest in (test_int4.DENSE, test_int4.INT4))
 
 
 def assert_reads(output: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -19,35 +22,34 @@ def assert_reads(output: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, 
 
 
 def test_the_first_chunk_is_the_dense_result_to_the_bit() -> None:
-    work = [(0, 60, True), (1, 17, True)]
+    work = [(0, 40, True), (1, 17, True)]
     dense, int4 = (Engine(Backend, quest) for quest in (DENSE, INT4))
     for expected, out in zip(dense.step(work, 0), int4.step(work, 0), strict=True):
         assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("metadata_dtype", ["bfloat16", "int8"])
-def test_later_chunks_see_the_stored_context_and_themselves_as_they_are(metadata_dtype) -> None:
-    engine = Engine(Backend, INT4 | {"metadata_dtype": metadata_dtype})
-    engine.step([(0, 101, True), (3, 40, True)], seed=0)
-    outputs = engine.step([(3, 1, False), (0, 70, True)], seed=1)
+def test_later_chunks_see_the_stored_context_and_themselves_as_they_are() -> None:
+    engine = Engine(Backend, INT4)
+    engine.step([(0, 53, True), (3, 40, True)], seed=0)
+    outputs = engine.step([(3, 1, False), (0, 30, True)], seed=1)
     for layer, output in enumerate(outputs):
-        query, key, value = inputs(71, layer, seed=1)
+        query, key, value = inputs(31, layer, seed=1)
         assert_reads(output[:1], query[:1], *decoded(engine, layer, request=3))
         keys, values = stored(engine, layer, request=0)
-        keys, values = torch.cat((keys[:101], key[1:])), torch.cat((values[:101], value[1:]))
+        keys, values = torch.cat((keys[:53], key[1:])), torch.cat((values[:53], value[1:]))
         assert_reads(output[1:], query[1:], keys, values)
 
 
 def test_prompts_that_do_not_fit_together_take_turns() -> None:
-    """Two prompts and a decoding request, in a workspace of 160 tokens."""
+    """Two prompts and a decoding request, in a workspace of 96 tokens."""
     engine = Engine(Backend, INT4)
-    storage = engine.builder.workspace.kv.flatten()[: 160 * KV_HEADS * 2 * HEAD_SIZE]
+    storage = engine.builder.workspace.kv.flatten()[: 96 * KV_HEADS * 2 * HEAD_SIZE]
     workspace = Workspace(storage, engine.builder.layout, KV_HEADS)
     engine.builder.workspace = workspace
     for layer in engine.layers.values():
         layer.impl.prefill_workspace = workspace
     engine.step([(0, 30, True)], seed=0)
-    for request, tokens in ((1, 100), (2, 90)):
+    for request, tokens in ((1, 60), (2, 50)):
         engine.step([(request, tokens, True)], seed=request)
     outputs = engine.step([(0, 1, False), (1, 15, True), (2, 15, True)], seed=9)
     for layer, output in enumerate(outputs):
@@ -60,8 +62,8 @@ def test_prompts_that_do_not_fit_together_take_turns() -> None:
 
 
 def test_short_contexts_and_dense_layers_read_everything() -> None:
-    engine = Engine(Backend, INT4 | {"token_budget": 48, "dense_layers": 1, "min_context": 120})
-    engine.step([(0, 110, True), (2, 200, True)], seed=0)
+    engine = Engine(Backend, INT4 | {"token_budget": 48, "dense_layers": 1, "min_context": 60})
+    engine.step([(0, 55, True), (2, 110, True)], seed=0)
     outputs = engine.step([(0, 1, False), (2, 1, False)], seed=1)
     for layer, output in enumerate(outputs):
         query, _, _ = inputs(2, layer, seed=1)

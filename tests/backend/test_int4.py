@@ -38,7 +38,8 @@ def decoded(engine: Engine, layer: int, request: int) -> tuple[torch.Tensor, tor
     keys, values = stored(engine, layer, request)
     pages = engine.builder.layout.views(engine.caches[layer])
     table, seq_lens = engine.tables[request][None], torch.tensor([len(keys)])
-    first = (len(keys) - 1) // PAGE_SIZE * PAGE_SIZE
+    page_size = engine.builder.layout.page_size
+    first = (len(keys) - 1) // page_size * page_size
     last = filling_pages(pages.key, pages.value, table, seq_lens)  # [1, H, S, D] each
     last_keys, last_values = (part[0].transpose(0, 1)[: len(keys) - first] for part in last)
     return torch.cat((keys[:first], last_keys)), torch.cat((values[:first], last_values))

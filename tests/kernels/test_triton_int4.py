@@ -188,3 +188,44 @@ def test_dequantized_blocks_are_the_references(case) -> None:
     torch.testing.assert_close(*outputs, rtol=bound, atol=0, equal_nan=True)
     assert outputs[0][:-1].isfinite().all()
     assert outputs[0][-1].isnan().all()
+
+
+def test_rows_without_a_context_are_zero() -> None:
+    """Padding rows of a CUDA graph: garbage in the block table, and behind it."""
+    cache = new_cache(CONFIGURATIONS[0])
+    request = cache.new_request()
+    cache.append(reference.store, {request: 20})
+    table, seq_lens, _ = cache.rows([request, request])
+    table[0], seq_lens[0] = 2**30, 0
+    query = torch.randn(2, 8, 64)
+    views = cache.layout.views(cache.cache.to(DEVICE))
+    arguments = on_device(query, views.key, views.value, table, seq_lens, None)
+    out = torch.full_like(query, torch.nan, device=DEVICE)
+    assert not triton.attend_pages(*arguments, 8, 0.1, out=out)[0].any()
+    assert_attends(cache, query[1:], table[1:], seq_lens[1:], None)
+
+
+def test_a_value_threshold_drops_what_hardly_counts(case) -> None:
+    cache, (table, seq_lens, _), query = case
+    arguments = (cache, query, table, seq_lens, None)
+    assert_attends(*arguments, value_threshold=30.0)
+    # What a split drops depends on what it has met so far.
+    with pytest.raises(AssertionError, match="not close"):
+        assert_attends(*arguments, value_threshold=0.5)
+
+
+def test_what_the_kernels_rely_on_is_checked() -> None:
+    cache = new_cache(CONFIGURATIONS[0])
+    key, value = cache.pages.key, cache.pages.value
+    out = torch.zeros(1, 2, 64, 128).chunk(2, -1)
+    block = torch.zeros(1, dtype=torch.int32)
+    for keys, values, blocks, message in [
+        (key._replace(codes=key.codes.mT.contiguous().mT), value, block, "key_cache: .* token-major pages"),
+        (key, value._replace(params=value.params.contiguous()), block, r"value_cache\.params: "),
+        (key, value, block.long(), "blocks, num_tokens: torch.int64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            triton.dequantize_blocks(keys, values, blocks, block, *out)
+    table = block[None]
+    with pytest.raises(ValueError, match="page_size: 16; the cache has pages of 8 tokens"):
+        triton.attend_pages(torch.zeros(1, 2, 64), key, value, table, block, None, 16, 1.0)
