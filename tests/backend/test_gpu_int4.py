@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from tests.backend.harness import HEAD_SIZE, KV_HEADS, Engine, inputs
 from tests.backend.test_gpu import Backend
 from tests.backend.test_int4 import attention, decoded, stored
 from vllm_quest.backend.workspace import Workspace
+from vllm_quest.config import QuestConfigError
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -19,6 +22,13 @@ DENSE, INT4 = (quest | {"page_size": 16} for quest in (test_int4.DENSE, test_int
 
 def assert_reads(output: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
     torch.testing.assert_close(output, attention(query, keys, values), rtol=1e-4, atol=1e-5)
+
+
+def test_hardware_refuses_them() -> None:
+    builder = Engine(Backend, INT4).builder
+    builder.row_lens = SimpleNamespace(is_cuda=True)
+    with pytest.raises(QuestConfigError, match="kv_dtype.*int4.*docs/gpu.md"):
+        builder.configure(builder.config)
 
 
 def test_the_first_chunk_is_the_dense_result_to_the_bit() -> None:
