@@ -27,7 +27,7 @@ def assert_reads(output: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, 
 def test_hardware_refuses_them() -> None:
     builder = Engine(Backend, INT4).builder
     builder.row_lens = SimpleNamespace(is_cuda=True)
-    with pytest.raises(QuestConfigError, match="kv_dtype.*int4.*docs/gpu.md"):
+    with pytest.raises(QuestConfigError, match=r"kv_dtype.*int4.*docs/gpu\.md"):
         builder.configure(builder.config)
 
 
