@@ -57,7 +57,7 @@ class Choice(NamedTuple):
 # number of gathered rows, whatever page each of them comes from.
 _CHOICES = {
     ("score", "ampere"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
-    ("score", "hopper"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
+    ("score", "hopper"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 3), 256: Choice(32, 4, 2)},
     ("score", "blackwell"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 3), 256: Choice(32, 4, 2)},
     ("score", "cdna"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     ("attend", "ampere"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
@@ -66,8 +66,8 @@ _CHOICES = {
     ("attend", "cdna"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     # V is loaded when the tile's logits are known, into registers.
     ("attend_near", "ampere"): {64: Choice(32, 4, 3), 128: Choice(32, 4, 3), 256: Choice(32, 4, 2)},
-    ("attend_near", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
-    ("attend_near", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 4, 3)},
+    ("attend_near", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
+    ("attend_near", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
     ("attend_near", "cdna"): {64: Choice(32, 4, 1), 128: Choice(32, 4, 1), 256: Choice(32, 4, 1)},
     ("attend_int4", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
     ("attend_int4", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
