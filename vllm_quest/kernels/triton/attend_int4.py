@@ -15,6 +15,7 @@ from vllm_quest.kernels.triton.codes import (
     as_float,
     fraction,
     group_channels,
+    load_residual,
     split_words,
 )
 from vllm_quest.kernels.triton.launch import Choice, Int4Cache, choose
@@ -35,7 +36,6 @@ def _codes(bytes, rest, HAS_REST: tl.constexpr):
     bytes = bytes.to(tl.int32)
     low, high = as_float(bytes & 15), as_float(bytes >> 4)
     if HAS_REST:
-        rest = rest.to(tl.int32)
         low += fraction(rest & 15)
         high += fraction(rest >> 4)
     return low, high
@@ -143,7 +143,7 @@ def _attend_tile(
     if HAS_REST:
         rest_row = run * 16 + half_row * HEAD_SIZE
         mask = has_rest[:, None] & (channel < HEAD_SIZE)
-        key_rest = tl.load(key_residual + rest_row[:, None] + channel, mask=mask, other=0x88)
+        key_rest = load_residual(key_residual + rest_row[:, None] + channel, mask)
         # The tag's place: the page's last token has 4 bits.
         is_tag = (half_row == HALF - 1)[:, None]
         key_rest = tl.where(is_tag, key_rest & 15 | (NO_FRACTION << 4), key_rest)
@@ -175,7 +175,7 @@ def _attend_tile(
     value_rest = value_bytes
     if HAS_REST:
         rest = value_residual + rest_row[:, None] + value_channel[None, :]
-        value_rest = tl.load(rest, mask=mask & has_rest[:, None], other=0x88)
+        value_rest = load_residual(rest, mask & has_rest[:, None])
     low, high = _codes(value_bytes, value_rest, HAS_REST)
     group = tl.arange(0, GROUPS_PAD)[None, :]
     params = run * 4 + (page * PAGE_SIZE + half_row) * GROUPS

@@ -15,6 +15,7 @@ __all__ = [
     "fine_codes",
     "fraction",
     "group_channels",
+    "load_residual",
     "split_words",
     "step_of",
     "units_of",
@@ -55,6 +56,15 @@ def as_float(code):
 def fraction(residual):
     """What a residual nibble, int32, adds to a 4-bit code."""
     return (as_float(residual) - NO_FRACTION) / FINE
+
+
+@triton.jit
+def load_residual(pointers, mask):
+    """Residual bytes, int32; outside `mask` that of two tokens without a fraction.
+
+    Not by the load's `other`: Triton 3.6 extends the sign of a byte over the word that it fills.
+    """
+    return tl.where(mask, tl.load(pointers, mask=mask, other=0).to(tl.int32), NO_FRACTION * 17)
 
 
 @triton.jit

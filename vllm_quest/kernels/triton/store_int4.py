@@ -17,6 +17,7 @@ from vllm_quest.kernels.triton.codes import (
     fine_codes,
     fraction,
     group_channels,
+    load_residual,
     step_of,
     units_of,
 )
@@ -85,7 +86,7 @@ def _store_keys(
     low_old, high_old = (row < first)[:, None], (row + HALF < first)[:, None]
     # A high token is older only where the low one is.
     bytes = tl.load(codes + at, mask=low_old & in_head, other=0).to(tl.int32)
-    rest = tl.load(residual + at, mask=(row < rest_end)[:, None] & in_head, other=0x88).to(tl.int32)
+    rest = load_residual(residual + at, (row < rest_end)[:, None] & in_head)
     low = _load_new(key, low_source, stride_key, channel, low_new & in_head)
     high = _load_new(key, high_source, stride_key, channel, high_new & in_head)
     low_limit, high_limit = tl.where(low_new, low, float("inf")), tl.where(high_new, high, float("inf"))
@@ -154,7 +155,7 @@ def _store_values(
     inside = tl.broadcast_to(in_group, [HALF, GROUPS_PAD * GROUP_PAD])
     at = row[:, None] * HEAD_SIZE + channel[None, :]
     bytes = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-    rest = tl.load(residual + at, mask=(row < rest_end)[:, None] & in_group, other=0x88).to(tl.int32)
+    rest = load_residual(residual + at, (row < rest_end)[:, None] & in_group)
     low = _load_new(value, low_source, stride_value, channel, low_new & in_group)
     high = _load_new(value, high_source, stride_value, channel, high_new & in_group)
     low, low_words, low_known = _value_codes(low, low_new, in_group, GROUPS_PAD, GROUP_PAD, GROUPS)
