@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from tests.backend import test_int4
 from tests.backend.harness import HEAD_SIZE, KV_HEADS, Engine, inputs
 from tests.backend.test_gpu import Backend
 from tests.backend.test_int4 import attention, decoded, stored
+from vllm_quest.backend import layers
 from vllm_quest.backend.workspace import Workspace
-from vllm_quest.config import QuestConfigError
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -24,11 +22,14 @@ def assert_reads(output: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, 
     torch.testing.assert_close(output, attention(query, keys, values), rtol=1e-4, atol=1e-5)
 
 
-def test_hardware_refuses_them() -> None:
-    builder = Engine(Backend, INT4).builder
-    builder.row_lens = SimpleNamespace(is_cuda=True)
-    with pytest.raises(QuestConfigError, match=r"kv_dtype.*int4.*docs/gpu\.md"):
-        builder.configure(builder.config)
+def test_the_log_says_that_hardware_has_not_seen_them(monkeypatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(layers.logger, "warning", warnings.append)
+    Engine(Backend, DENSE)
+    assert not warnings
+    Engine(Backend, INT4)
+    assert len(warnings) == 1
+    assert "kv_dtype=int4 on a GPU" in warnings[0]
 
 
 def test_the_first_chunk_is_the_dense_result_to_the_bit() -> None:

@@ -159,10 +159,6 @@ class QuestGPUMetadataBuilder:
 
         A CUDA graph goes on as it was captured: only eager engines can be configured anew.
         """
-        if config.kv_dtype == "int4" and self.row_lens.is_cuda:
-            raise QuestConfigError(
-                "kv_dtype", "int4", "auto on GPUs, where 4-bit attention was seen to be wrong (docs/gpu.md)"
-            )
         if config.decode_tail:
             raise QuestConfigError(
                 "decode_tail", f"{config.decode_tail}", "0 on a GPU, where only the batch's first rows decode"
