@@ -61,7 +61,7 @@ _CHOICES = {
     ("score", "blackwell"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 3), 256: Choice(32, 4, 2)},
     ("score", "cdna"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     ("attend", "ampere"): {64: Choice(64, 4, 3), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
-    ("attend", "hopper"): {64: Choice(64, 4, 4), 128: Choice(32, 2, 3), 256: Choice(64, 4, 2)},
+    ("attend", "hopper"): {64: Choice(64, 4, 4), 128: Choice(32, 4, 3), 256: Choice(64, 4, 2)},
     ("attend", "blackwell"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3), 256: Choice(64, 4, 2)},
     ("attend", "cdna"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
     # V is loaded when the tile's logits are known, into registers.
