@@ -18,8 +18,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -101,21 +102,44 @@ class Recorder:
         self.kernel = kernel
 
     def __getitem__(self, grid):
+        self.grid = grid
         return self.record
 
     def record(self, *args, **kwargs) -> None:
         self.args, self.kwargs = args, kwargs
 
-    def compile(self, gpu: GPUTarget):
-        """As `JITFunction.run` does, short of the launch."""
+    def pack(self, gpu: GPUTarget):
+        """As `JITFunction.run` does: arguments by name, their types, what to compile with which options."""
         backend = make_backend(gpu)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         bound, specialization, _ = bind(*self.args, **self.kwargs)
         options, signature, constants, attributes = self.kernel._pack_args(
             backend, self.kwargs, bound, specialization, None
         )
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=gpu, options=options.__dict__)
+        return bound, signature, ASTSource(self.kernel, signature, constants, attributes), options.__dict__
+
+    def compile(self, gpu: GPUTarget):
+        """The kernel, for what it would have been launched with."""
+        _, _, source, options = self.pack(gpu)
+        return triton.compile(source, target=gpu, options=options)
+
+    def parameters(self, gpu: GPUTarget) -> list:
+        """The arguments that are not compiled in, in the order of the compiled kernel's parameters."""
+        bound, signature, _, _ = self.pack(gpu)
+        return [bound[name] for name, kind in signature.items() if kind != "constexpr"]
+
+
+@contextmanager
+def recording(name: str, architecture: str) -> Iterator[Recorder]:
+    """Stands in for the kernel of module `name`, whose launcher believes to be on a GPU of `architecture`."""
+    launch = importlib.import_module("vllm_quest.kernels.triton.launch")
+    module = importlib.import_module(f"vllm_quest.kernels.triton.{name}")
+    recorder = Recorder(getattr(module, f"_{name}_kernel"))
+    with (
+        mock.patch.object(module, f"_{name}_kernel", recorder),
+        mock.patch.object(launch, "architecture", return_value=architecture),
+    ):
+        yield recorder
 
 
 def views(head_size: int, page_size: int, metadata_dtype: str, value_groups: int | None = None) -> PageViews:
@@ -272,13 +296,7 @@ def fills_wrongly(ttgir: str) -> bool:
 def check(index: int, target_name: str) -> Result:
     """Compiles case `index` for a target."""
     case, target = cases()[index], TARGETS[target_name]
-    launch = importlib.import_module("vllm_quest.kernels.triton.launch")
-    module = importlib.import_module(f"vllm_quest.kernels.triton.{case.kernel}")
-    recorder = Recorder(getattr(module, f"_{case.kernel}_kernel"))
-    with (
-        mock.patch.object(module, f"_{case.kernel}_kernel", recorder),
-        mock.patch.object(launch, "architecture", return_value=target.architecture),
-    ):
+    with recording(case.kernel, target.architecture) as recorder:
         case.launch()
     compiled = recorder.compile(target.gpu)
     figures = nvidia_figures if target.gpu.backend == "cuda" else amd_figures
