@@ -12,11 +12,13 @@ from triton.runtime.jit import JITFunction
 
 from vllm_quest.kernels.triton.codes import (
     NO_FRACTION,
+    TAGS,
     as_float,
     fraction,
     group_channels,
+    limited,
     load_residual,
-    split_words,
+    read_values,
 )
 from vllm_quest.kernels.triton.launch import Choice, Int4Cache, choose
 from vllm_quest.kernels.triton.merge import finish_split
@@ -26,8 +28,6 @@ from vllm_quest.layout import Int4Keys, Int4Values
 __all__ = ["Attention", "int4_attention"]
 
 PART = tl.constexpr(1 / 15)  # of a range, a quantizer's step
-LARGEST_FLOAT16 = tl.constexpr(65504.0)
-TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
 
 
 @triton.jit
@@ -39,22 +39,6 @@ def _codes(bytes, rest, HAS_REST: tl.constexpr):
         low += fraction(rest & 15)
         high += fraction(rest >> 4)
     return low, high
-
-
-@triton.jit
-def _values(codes, params, mask, GROUPS_PAD: tl.constexpr):
-    """V from its codes ``[n, GROUPS_PAD * c]`` and words at `params`, ``[n, GROUPS_PAD]``."""
-    SHAPE: tl.constexpr = [codes.shape[0], GROUPS_PAD, codes.shape[1] // GROUPS_PAD]
-    zero, scale = split_words(tl.load(params, mask=mask, other=0))
-    return (zero[:, :, None] + scale[:, :, None] * codes.reshape(SHAPE)).reshape(codes.shape)
-
-
-@triton.jit
-def _as_operand(x, DOT: tl.constexpr, IS_FLOAT16: tl.constexpr):
-    """For a dot product; rounded bounds and zero points may lie beyond float16: limited to its range."""
-    if IS_FLOAT16:
-        x = tl.minimum(tl.maximum(x, -LARGEST_FLOAT16), LARGEST_FLOAT16)
-    return x.to(DOT)
 
 
 @triton.jit
@@ -148,8 +132,8 @@ def _attend_tile(
         is_tag = (half_row == HALF - 1)[:, None]
         key_rest = tl.where(is_tag, key_rest & 15 | (NO_FRACTION << 4), key_rest)
     low, high = _codes(key_bytes, key_rest, HAS_REST)
-    low_key = _as_operand(kmin + step * low, DOT, IS_FLOAT16)
-    high_key = _as_operand(kmin + step * high, DOT, IS_FLOAT16)
+    low_key = limited(kmin + step * low, IS_FLOAT16).to(DOT)
+    high_key = limited(kmin + step * high, IS_FLOAT16).to(DOT)
     low_logits = tl.dot(q, tl.trans(low_key), input_precision="ieee") * scale_log2
     high_logits = tl.dot(q, tl.trans(high_key), input_precision="ieee") * scale_log2
     low_logits = tl.where(low_seen[None, :], low_logits, float("-inf"))  # [16, ROWS]
@@ -181,11 +165,11 @@ def _attend_tile(
     params = run * 4 + (page * PAGE_SIZE + half_row) * GROUPS
     params = value_params + params[:, None] + group
     in_groups = group < GROUPS
-    low_value = _values(low, params, low_seen[:, None] & in_groups, GROUPS_PAD)
-    low_value = _as_operand(low_value, DOT, IS_FLOAT16)
+    low_value = read_values(low, params, low_seen[:, None] & in_groups, GROUPS_PAD)
+    low_value = limited(low_value, IS_FLOAT16).to(DOT)
     acc = tl.dot(low_weights.to(DOT), low_value, acc * rescale[:, None], input_precision="ieee")
-    high_value = _values(high, params + HALF * GROUPS, high_seen[:, None] & in_groups, GROUPS_PAD)
-    high_value = _as_operand(high_value, DOT, IS_FLOAT16)
+    high_value = read_values(high, params + HALF * GROUPS, high_seen[:, None] & in_groups, GROUPS_PAD)
+    high_value = limited(high_value, IS_FLOAT16).to(DOT)
     acc = tl.dot(high_weights.to(DOT), high_value, acc, input_precision="ieee")
     return acc, new_peak, norm
 

@@ -11,11 +11,14 @@ from vllm_quest.kernels.triton.bounds import inverse
 
 __all__ = [
     "NO_FRACTION",
+    "TAGS",
     "as_float",
     "fine_codes",
     "fraction",
     "group_channels",
+    "limited",
     "load_residual",
+    "read_values",
     "split_words",
     "step_of",
     "units_of",
@@ -24,6 +27,8 @@ __all__ = [
 STEPS = tl.constexpr(15.0)
 FINE = tl.constexpr(16.0)  # an 8-bit code counts sixteenths of a 4-bit step
 NO_FRACTION = tl.constexpr(8)  # residual of a token that has exactly its 4-bit code
+TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
+LARGEST_FLOAT16 = tl.constexpr(65504.0)
 TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no room for a fraction
 
 
@@ -80,3 +85,19 @@ def group_channels(
 def split_words(words):
     """Zero point and scale in float32: a word holds both as bfloat16."""
     return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def read_values(codes, params, mask, GROUPS_PAD: tl.constexpr):
+    """V from its codes in float32, ``[n, GROUPS_PAD * c]``, and words at `params`, ``[n, GROUPS_PAD]``."""
+    SHAPE: tl.constexpr = [codes.shape[0], GROUPS_PAD, codes.shape[1] // GROUPS_PAD]
+    zero, scale = split_words(tl.load(params, mask=mask, other=0))
+    return (zero[:, :, None] + scale[:, :, None] * codes.reshape(SHAPE)).reshape(codes.shape)
+
+
+@triton.jit
+def limited(x, IS_FLOAT16: tl.constexpr):
+    """`x` within the model's dtype: rounded bounds and zero points may lie beyond float16."""
+    if IS_FLOAT16:
+        x = tl.minimum(tl.maximum(x, -LARGEST_FLOAT16), LARGEST_FLOAT16)
+    return x

@@ -4,14 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.kernels.triton.codes import group_channels, split_words, step_of, units_of
+from vllm_quest.kernels.triton.codes import group_channels, limited, read_values, step_of, units_of
 from vllm_quest.kernels.triton.launch import Int4Cache, warps_for
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["dequantize_blocks"]
 
 ELEMENTS_PER_THREAD = 16  # of half a page: 16 bytes of codes
-LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -19,19 +18,10 @@ def _store_tokens(out, place, wanted, tokens, channel, in_head, stride_token):
     """The tokens at `place`, ``[n]``; 0 from `wanted` on."""
     inside = tl.broadcast_to(in_head[None, :], tokens.shape)
     tokens = tl.where((place < wanted)[:, None], tokens, 0.0)
-    if out.dtype.element_ty == tl.float16:  # bounds and zero points were rounded, perhaps beyond it
-        tokens = tl.minimum(tl.maximum(tokens, -LARGEST_FLOAT16), LARGEST_FLOAT16)
+    tokens = limited(tokens, out.dtype.element_ty == tl.float16)
     tl.store(
         out + place[:, None] * stride_token + channel[None, :], tokens.to(out.dtype.element_ty), mask=inside
     )
-
-
-@triton.jit
-def _read_values(bytes, params, mask, GROUPS_PAD: tl.constexpr):
-    SHAPE: tl.constexpr = [bytes.shape[0], GROUPS_PAD, bytes.shape[1] // GROUPS_PAD]
-    zero, scale = split_words(tl.load(params, mask=mask, other=0))
-    codes = bytes.to(tl.float32).reshape(SHAPE)
-    return (zero[:, :, None] + scale[:, :, None] * codes).reshape(bytes.shape)
 
 
 @triton.jit
@@ -98,11 +88,11 @@ def _dequantize_kernel(
     params = value_params + run * 4 + page * (PAGE_SIZE * GROUPS)
     params = params + row[:, None] * GROUPS + group
     value_out += place * stride_out + kv_head * stride_out_head + page * PAGE_SIZE * stride_out_token
-    values = _read_values(bytes & 15, params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
+    values = read_values((bytes & 15).to(tl.float32), params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
     _store_tokens(value_out, row, wanted, values, channel, in_head, stride_out_token)
     is_read = row + HALF < wanted
     params += HALF * GROUPS
-    values = _read_values(bytes >> 4, params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
+    values = read_values((bytes >> 4).to(tl.float32), params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
     _store_tokens(value_out, row + HALF, wanted, values, channel, in_head, stride_out_token)
 
 

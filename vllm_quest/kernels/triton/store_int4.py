@@ -13,6 +13,7 @@ import triton.language as tl
 from vllm_quest.kernels.triton.bounds import round_down, widen_bounds
 from vllm_quest.kernels.triton.codes import (
     NO_FRACTION,
+    TAGS,
     as_float,
     fine_codes,
     fraction,
@@ -27,7 +28,6 @@ from vllm_quest.layout import Int4Keys, Int4Values
 __all__ = ["store_int4"]
 
 LARGEST = tl.constexpr(2.0**126)  # what larger elements are stored as: a range must be finite, too
-TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
 # As for `store`: up to here every token has a program of its own.
 SPREAD_TOKENS = 512
 ELEMENTS_PER_THREAD = 8  # of half a page: 16 bytes of K
