@@ -1,7 +1,7 @@
 """vLLM's dense decode kernels on a GPU, as `benchmarks.kernels` times them.
 
-Each factory takes what a step is given and returns ``attend(key_cache, value_cache)``; caches are
-``[B, N, H, D]``, strided. What must be planned on the host is planned there, before the graph is captured.
+Each factory takes what a step is given and returns a `DenseKernel`. What must be planned on the host is
+planned there, before the graph is captured. Kernels over the model's dtype differ in their attention only.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-if TYPE_CHECKING:
-    from benchmarks.kernels import Rows
+from benchmarks.peer_kernels import PEERS
+from benchmarks.vllm_cache import DenseKernel, Layer, new_cache
 
-Attend = Callable[[torch.Tensor, torch.Tensor], object]
+if TYPE_CHECKING:
+    from benchmarks.kernel_steps import Rows
+
+Attend = Callable[[torch.Tensor, torch.Tensor], object]  # of K and V as ``[B, N, H, D]``, strided
 
 FLASHINFER_WORKSPACE = 1 << 28  # bytes
 
@@ -114,8 +117,30 @@ def flashinfer(rows: Rows) -> Attend:
     return attend
 
 
-DENSE: dict[str, Callable[[Rows], Attend]] = {
-    "FLASH_ATTN": flash_attn,
-    "TRITON_ATTN": triton_attn,
-    "FLASHINFER": flashinfer,
+def _in_model_dtype(attention: Callable[[Rows], Attend]) -> Callable[[Rows], DenseKernel]:
+    """A kernel over K and V as they are, of each token and head one after the other."""
+
+    def factory(rows: Rows) -> DenseKernel:
+        from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
+        from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+        attend, one = attention(rows), torch.ones((), device=rows.device)
+
+        def new_layer() -> tuple[torch.Tensor, ...]:  # the three backends ask for the same layout
+            cache = new_cache(rows, TritonAttentionBackend)
+            return cache.transpose(1, 2).split(rows.geometry.head_size, dim=-1)
+
+        def store(layer: Layer, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+            reshape_and_cache_flash(key, value, *layer, slots, "auto", one, one)
+
+        return DenseKernel(new_layer, store, lambda layer: attend(*layer))
+
+    return factory
+
+
+DENSE: dict[str, Callable[[Rows], DenseKernel]] = {
+    "FLASH_ATTN": _in_model_dtype(flash_attn),
+    "TRITON_ATTN": _in_model_dtype(triton_attn),
+    "FLASHINFER": _in_model_dtype(flashinfer),
+    **PEERS,
 }
