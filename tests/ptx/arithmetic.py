@@ -66,6 +66,15 @@ def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return np.where(digits & 8, signs, found).astype(np.uint8).view(np.uint32)[:, 0]
 
 
+def _bitwise(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Any function of three bits (`lop3`): the table's bits are its values for abc = 000, 001, ..."""
+    found = np.zeros_like(a)
+    for index in range(8):
+        bits = [x if index & place else ~x for x, place in ((a, 4), (b, 2), (c, 1))]
+        found |= np.where(table >> np.uint32(index) & 1, bits[0] & bits[1] & bits[2], 0).astype(a.dtype)
+    return found
+
+
 # Functions of an instruction's operands
 FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "add": np.add,
@@ -89,6 +98,7 @@ FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
+    "lop3": _bitwise,
     "shl": _shift_left,
     "shr": _shift_right,
     "shf.l.wrap": partial(_funnel, left=True),
@@ -108,6 +118,7 @@ SOURCES = {
     "shl": ("", "u32"),
     "shr": ("", "u32"),
     "bfe": ("", "u32", "u32"),
+    "lop3": ("", "", "", "u32"),
     "mad.wide": ("", "", "wide"),
     "selp": ("", "", "pred"),
 }

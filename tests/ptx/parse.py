@@ -79,7 +79,7 @@ def parse(ptx: str) -> Kernel:
     """The one kernel of a module."""
     name = re.search(r"\.entry\s+(\w+)", ptx).group(1)
     body = re.sub(r"//.*", "", ptx[ptx.index("\n{", ptx.index(".entry")) :])
-    body = body[: body.index("\n}")]
+    body = body[: body.rindex("\n}")]  # inline assembly has braces of its own
     body = re.sub(r"(?m)^\s*\.(?:loc|file)\b.*$", "", body)
     instructions: list[Instruction] = []
     labels, register_types = {}, {}
@@ -91,6 +91,8 @@ def parse(ptx: str) -> Kernel:
             text = text[found.end() :].lstrip("{} \t\n")
         if found := re.match(r"\.reg\s+\.(\w+)\s+(%\w+)<", text):
             register_types[found.group(2)] = found.group(1)
+        elif found := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text):  # of inline assembly, by their names
+            register_types |= dict.fromkeys(re.findall(r"\w+", found.group(2)), found.group(1))
         elif text and not text.startswith("."):
             instructions.append(_instruction(text))
     return Kernel(name, instructions, labels, register_types)

@@ -1,77 +1,139 @@
-"""`attend_pages` over 4-bit pages: as in `attend`, but K and V are dequantized in registers.
+"""`attend_pages` over 4-bit pages: as in `attend`, but the tensor cores take K and V as codes.
 
-A tile is of byte rows; each holds two tokens of a page, so that K, V and the logits come as two tiles. Only a
-row's last page has residuals; its tiles come after the others.
+K of a page is kmin + step * code, channel by channel, so that
+
+    q . k = sum_i q_i * kmin_i + sum_i (q_i * step_i) * code_i
+
+and a page's kmin and step meet the query once, not every key. The rows of the tensor cores' tile are
+then query heads of a page: of the tile's first page, of its second, and so on, each with a softmax of its own
+over the page's tokens. They meet when all tiles are read, as splits do. V of a token is zero + scale * code;
+where all channels share them, the softmax weights take them in.
+
+A tile is of byte rows; each holds two tokens of a page, and is read in words of two bytes, an even and an odd
+channel. So codes come as four tiles, logits as two. Only a row's last page has residuals; its tile is last.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from vllm_quest.kernels.triton.codes import (
+    LARGEST_FLOAT16,
     NO_FRACTION,
     TAGS,
-    as_float,
-    fraction,
     group_channels,
     limited,
     load_residual,
+    power_of_two,
     read_values,
+    split_words,
 )
-from vllm_quest.kernels.triton.launch import Choice, Int4Cache, choose
+from vllm_quest.kernels.triton.launch import Choice, Int4Cache, choose, dot_type, takes_ptx
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
+from vllm_quest.kernels.triton.words import (
+    HIGH_UNIT,
+    LOW_UNIT,
+    codes_of,
+    fine_codes_of,
+    floats_of,
+    times_range,
+)
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["Attention", "int4_attention"]
 
 PART = tl.constexpr(1 / 15)  # of a range, a quantizer's step
-
-
-@triton.jit
-def _codes(bytes, rest, HAS_REST: tl.constexpr):
-    """Codes of the low and the high tokens in float32; of 8 bits, where there is a residual."""
-    bytes = bytes.to(tl.int32)
-    low, high = as_float(bytes & 15), as_float(bytes >> 4)
-    if HAS_REST:
-        low += fraction(rest & 15)
-        high += fraction(rest >> 4)
-    return low, high
+QUERY_SCALE = tl.constexpr(2.0**-7)  # of the query, which then has room in float16 for 8-bit steps
 
 
 @triton.jit
 def _find_pages(
-    start,
-    end,
-    page_indices,
-    block_table,
-    reads_list,
-    run,
-    stride_block,
-    PAGES_PER_BLOCK: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
+    ordinal, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK: tl.constexpr
 ):
-    """Of each of the next ROWS byte rows of the list: its run, and its page's number in it."""
-    ordinal = (start + tl.arange(0, ROWS)) // HALF
-    listed = tl.where(reads_list, tl.cdiv(end, HALF), 0)
+    """Of pages of the row's list, by their places in it: the run of each, and the page's number in it.
+
+    The first `listed` places are looked up; where that is none, the list is of all pages. `end` are there.
+    """
     page = tl.load(page_indices + ordinal, mask=ordinal < listed, other=0)
-    page = tl.where(reads_list, page, ordinal)
-    block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=ordinal * HALF < end, other=0).to(tl.int64)
+    page = tl.where(listed > 0, page, ordinal)
+    block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=ordinal < end, other=0).to(tl.int64)
     return run + block * stride_block, page % PAGES_PER_BLOCK
 
 
 @triton.jit
-def _attend_tile(
-    q,
-    acc,
-    peak,
-    norm,
-    start,
+def _meet_keys(
+    q_even,
+    q_odd,
     run,
     page,
+    is_read,
+    bounds,
+    bound_params,
+    HEAD_SIZE: tl.constexpr,
+    DOT: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """What a page's kmin and steps make of each row's query.
+
+    Args:
+        q_even: ``[M, HEAD_PAD / 2]`` float32, below twice QUERY_SCALE; `q_odd` likewise.
+        run: ``[M]``, of each row's page.
+        page: ``[M]``, its number in the run.
+        is_read: ``[M]``, which rows have a page.
+
+    Returns:
+        The query times the steps of the page's codes, even and odd channels in DOT, up to a factor; the
+        factor, and the query times kmin, ``[M]`` each.
+    """
+    word = tl.arange(0, q_even.shape[1])[None, :]
+    WORDS: tl.constexpr = HEAD_SIZE // 2
+    loaded = is_read[:, None] & (word < WORDS)
+    UNITS: tl.constexpr = 128 // bounds.dtype.element_ty.primitive_bitwidth
+    bound_row = bounds + (run * UNITS + page * (2 * WORDS))[:, None] + word
+    low = tl.load(bound_row, mask=loaded, other=0)
+    high = tl.load(bound_row + WORDS, mask=loaded, other=0)
+    if bound_params is not None:
+        pair = bound_params + run * 4 + page * 2
+        zero = tl.load(pair, mask=is_read, other=0.0)[:, None]
+        scale = tl.load(pair + 1, mask=is_read, other=0.0)
+        even, odd = floats_of(low, PTX)
+        even, odd = zero + scale[:, None] * even, zero + scale[:, None] * odd
+        offset = tl.sum(q_even * even + q_odd * odd, 1)
+        even, odd = times_range(q_even, q_odd, low, high, DOT, PTX)
+        return even, odd, scale * PART, offset
+    else:
+        even, odd = split_words(low)
+        even_max, odd_max = split_words(high)
+        offset = tl.sum(q_even * even + q_odd * odd, 1)
+        even, odd = (
+            even_max * PART - even * PART,
+            odd_max * PART - odd * PART,
+        )  # differences might be infinite
+        factor = power_of_two(tl.max(tl.maximum(even, odd), 1))
+        even, odd = q_even * (even / factor[:, None]), q_odd * (odd / factor[:, None])
+        return even.to(DOT), odd.to(DOT), factor, offset
+
+
+@triton.jit
+def _attend_tile(
+    q_even,
+    q_odd,
+    logit_scale,
+    acc_even,
+    acc_odd,
+    peak,
+    norm,
+    zeros,
+    first_page,
+    run,
+    page,
+    head_run,
+    head_page,
+    pages,
     seen,
     residual_start,
     key_codes,
@@ -81,63 +143,71 @@ def _attend_tile(
     value_residual,
     bounds,
     bound_params,
-    scale_log2,
     least_weight,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    DOT: tl.constexpr,
+    KEY_DOT: tl.constexpr,
+    VALUE_DOT: tl.constexpr,
     IS_FLOAT16: tl.constexpr,
-    HAS_REST: tl.constexpr,
+    PTX: tl.constexpr,
+    LAST: tl.constexpr,
 ):
-    """The softmax so far, with the tokens of ROWS byte rows of the list from `start` on.
+    """The softmax so far, with the tokens of the list's pages from `first_page` on.
 
-    `seen` tokens of the list are visible. With HAS_REST, the rows from `residual_start` on have residuals.
+    Logits are products with the query times `logit_scale`, ``[M]``. `run` and `page` are of each byte row,
+    ``[ROWS]``, `head_run` and `head_page` of each row of the query. All pages are full, but for the LAST tile:
+    the list has `pages`, of whose tokens `seen` are visible, and those from `residual_start` on have residuals.
     """
     HALF: tl.constexpr = PAGE_SIZE // 2
-    slot = start + tl.arange(0, ROWS)
-    half_row = slot % HALF
-    token = slot // HALF * PAGE_SIZE + half_row  # of the list
-    low_seen, high_seen = token < seen, token + HALF < seen
-    row = run * 16 + (page * HALF + half_row) * HEAD_SIZE
-
-    channel = tl.arange(0, HEAD_PAD)[None, :]
-    loaded = low_seen[:, None] & (channel < HEAD_SIZE)
-    key_bytes = tl.load(key_codes + row[:, None] + channel, mask=loaded, other=0)
-    UNITS: tl.constexpr = 128 // bounds.dtype.element_ty.primitive_bitwidth
-    bound_row = bounds + (run * UNITS + page * (2 * HEAD_SIZE))[:, None] + channel
-    kmin = tl.load(bound_row, mask=loaded, other=0)
-    kmax = tl.load(bound_row + HEAD_SIZE, mask=loaded, other=0)
-    if bound_params is not None:
-        pair = bound_params + run * 4 + page * 2
-        scale = tl.load(pair + 1, mask=low_seen, other=0.0)[:, None]
-        kmin, kmax = as_float(kmin.to(tl.int32)), as_float(kmax.to(tl.int32))
-        step = (scale * PART) * (kmax - kmin)
-        kmin = tl.load(pair, mask=low_seen, other=0.0)[:, None] + scale * kmin
+    WORDS: tl.constexpr = HEAD_SIZE // 2
+    row = tl.arange(0, ROWS)
+    half_row = row % HALF
+    word_row = run * 8 + (page * HALF + half_row) * WORDS
+    word = tl.arange(0, q_even.shape[1])[None, :]
+    head = tl.arange(0, q_even.shape[0])
+    own = (head // HEADS)[:, None] == (row // HALF)[None, :]  # each row meets the tokens of its page
+    is_read = head // HEADS < ROWS // HALF
+    if LAST:
+        ordinal = first_page + row // HALF
+        token = ordinal * PAGE_SIZE + half_row  # of the list
+        low_seen, high_seen = token < seen, token + HALF < seen
+        is_read &= first_page + head // HEADS < pages
     else:
-        kmin, kmax = kmin.to(tl.float32), kmax.to(tl.float32)
-        step = kmax * PART - kmin * PART  # their difference might not be finite
-    key_rest = key_bytes
-    has_rest = low_seen & (slot >= residual_start)
-    if HAS_REST:
-        rest_row = run * 16 + half_row * HEAD_SIZE
-        mask = has_rest[:, None] & (channel < HEAD_SIZE)
-        key_rest = load_residual(key_residual + rest_row[:, None] + channel, mask)
+        low_seen = tl.full([ROWS], True, tl.int1)
+        high_seen = low_seen
+    mask = low_seen[:, None] & (word < WORDS)
+    words = tl.load(key_codes + word_row[:, None] + word, mask=mask, other=0)
+    if LAST:
+        has_rest = low_seen & (ordinal >= residual_start)
+        rest_row = run * 8 + half_row * WORDS
+        rest = load_residual(key_residual + rest_row[:, None] + word, mask & has_rest[:, None])
         # The tag's place: the page's last token has 4 bits.
-        is_tag = (half_row == HALF - 1)[:, None]
-        key_rest = tl.where(is_tag, key_rest & 15 | (NO_FRACTION << 4), key_rest)
-    low, high = _codes(key_bytes, key_rest, HAS_REST)
-    low_key = limited(kmin + step * low, IS_FLOAT16).to(DOT)
-    high_key = limited(kmin + step * high, IS_FLOAT16).to(DOT)
-    low_logits = tl.dot(q, tl.trans(low_key), input_precision="ieee") * scale_log2
-    high_logits = tl.dot(q, tl.trans(high_key), input_precision="ieee") * scale_log2
-    low_logits = tl.where(low_seen[None, :], low_logits, float("-inf"))  # [16, ROWS]
-    high_logits = tl.where(high_seen[None, :], high_logits, float("-inf"))
+        rest = tl.where((half_row == HALF - 1)[:, None], rest & 0x0F0F | (NO_FRACTION * 0x1010), rest)
+        low_even, high_even, low_odd, high_odd = fine_codes_of(words, rest, KEY_DOT)
+    else:
+        low_even, high_even, low_odd, high_odd = codes_of(words, KEY_DOT, PTX)
+    even, odd, factor, offset = _meet_keys(
+        q_even, q_odd, head_run, head_page, is_read, bounds, bound_params, HEAD_SIZE, KEY_DOT, PTX
+    )
+    low_logits = tl.dot(even, tl.trans(low_even), input_precision="ieee")
+    low_logits = tl.dot(odd, tl.trans(low_odd), low_logits, input_precision="ieee")
+    high_logits = tl.dot(even, tl.trans(high_even), input_precision="ieee")
+    high_logits = tl.dot(odd, tl.trans(high_odd), high_logits, input_precision="ieee")
+    low_factor, high_factor = factor * logit_scale, factor * logit_scale
+    if PTX and not LAST:
+        low_factor *= LOW_UNIT
+        high_factor *= HIGH_UNIT
+    offset = (offset * logit_scale)[:, None]
+    low_logits = low_logits * low_factor[:, None] + offset
+    high_logits = high_logits * high_factor[:, None] + offset
+    low_logits = tl.where(own & low_seen[None, :], low_logits, float("-inf"))  # [M, ROWS]
+    high_logits = tl.where(own & high_seen[None, :], high_logits, float("-inf"))
 
     new_peak = tl.maximum(peak, tl.max(tl.maximum(low_logits, high_logits), 1))
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -145,7 +215,7 @@ def _attend_tile(
     rescale = tl.exp2(peak - base)
     read = low_seen
     if least_weight is not None:
-        in_group = tl.arange(0, 16)[:, None] < GROUP
+        in_group = (head % HEADS < GROUP)[:, None]
         low_read = tl.max(tl.where(in_group, low_weights, 0.0), 0) > least_weight
         high_read = tl.max(tl.where(in_group, high_weights, 0.0), 0) > least_weight
         low_weights = tl.where(low_read[None, :], low_weights, 0.0)
@@ -153,25 +223,57 @@ def _attend_tile(
         read = low_seen & (low_read | high_read)
     norm = norm * rescale + tl.sum(low_weights + high_weights, 1)
 
-    value_channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    word, in_head = group_channels(GROUPS, WORDS // GROUPS, GROUPS_PAD, GROUP_PAD // 2)
     mask = read[:, None] & in_head[None, :]
-    value_bytes = tl.load(value_codes + row[:, None] + value_channel[None, :], mask=mask, other=0)
-    value_rest = value_bytes
-    if HAS_REST:
-        rest = value_residual + rest_row[:, None] + value_channel[None, :]
-        value_rest = load_residual(rest, mask & has_rest[:, None])
-    low, high = _codes(value_bytes, value_rest, HAS_REST)
-    group = tl.arange(0, GROUPS_PAD)[None, :]
-    params = run * 4 + (page * PAGE_SIZE + half_row) * GROUPS
-    params = value_params + params[:, None] + group
-    in_groups = group < GROUPS
-    low_value = read_values(low, params, low_seen[:, None] & in_groups, GROUPS_PAD)
-    low_value = limited(low_value, IS_FLOAT16).to(DOT)
-    acc = tl.dot(low_weights.to(DOT), low_value, acc * rescale[:, None], input_precision="ieee")
-    high_value = read_values(high, params + HALF * GROUPS, high_seen[:, None] & in_groups, GROUPS_PAD)
-    high_value = limited(high_value, IS_FLOAT16).to(DOT)
-    acc = tl.dot(high_weights.to(DOT), high_value, acc, input_precision="ieee")
-    return acc, new_peak, norm
+    words = tl.load(value_codes + word_row[:, None] + word[None, :], mask=mask, other=0)
+    if LAST:
+        rest = value_residual + rest_row[:, None] + word[None, :]
+        rest = load_residual(rest, mask & has_rest[:, None])
+        low_even, high_even, low_odd, high_odd = fine_codes_of(words, rest, VALUE_DOT)
+    else:
+        low_even, high_even, low_odd, high_odd = codes_of(words, VALUE_DOT, PTX)
+    params = value_params + run * 4 + (page * PAGE_SIZE + half_row) * GROUPS
+    if GROUPS == 1:
+        low_zero, low_scale = split_words(tl.load(params, mask=low_seen, other=0))
+        high_zero, high_scale = split_words(tl.load(params + HALF, mask=high_seen, other=0))
+        points = low_weights * low_zero[None, :] + high_weights * high_zero[None, :]
+        zeros = zeros * rescale + tl.sum(points, 1)
+        if PTX and IS_FLOAT16 and not LAST:
+            high_scale *= HIGH_UNIT / LOW_UNIT
+        low_weights *= low_scale[None, :]
+        high_weights *= high_scale[None, :]
+    else:
+        if PTX and IS_FLOAT16 and not LAST:
+            low_even, low_odd = low_even.to(tl.float32) * LOW_UNIT, low_odd.to(tl.float32) * LOW_UNIT
+            high_even, high_odd = high_even.to(tl.float32) * HIGH_UNIT, high_odd.to(tl.float32) * HIGH_UNIT
+        group = tl.arange(0, GROUPS_PAD)[None, :]
+        params = params[:, None] + group
+        mask = low_seen[:, None] & (group < GROUPS)
+        low_even = limited(read_values(low_even.to(tl.float32), params, mask, GROUPS_PAD), IS_FLOAT16)
+        low_odd = limited(read_values(low_odd.to(tl.float32), params, mask, GROUPS_PAD), IS_FLOAT16)
+        params += HALF * GROUPS
+        mask = high_seen[:, None] & (group < GROUPS)
+        high_even = limited(read_values(high_even.to(tl.float32), params, mask, GROUPS_PAD), IS_FLOAT16)
+        high_odd = limited(read_values(high_odd.to(tl.float32), params, mask, GROUPS_PAD), IS_FLOAT16)
+    low_weights, high_weights = low_weights.to(VALUE_DOT), high_weights.to(VALUE_DOT)
+    acc_even, acc_odd = acc_even * rescale[:, None], acc_odd * rescale[:, None]
+    acc_even = tl.dot(low_weights, low_even.to(VALUE_DOT), acc_even, input_precision="ieee")
+    acc_even = tl.dot(high_weights, high_even.to(VALUE_DOT), acc_even, input_precision="ieee")
+    acc_odd = tl.dot(low_weights, low_odd.to(VALUE_DOT), acc_odd, input_precision="ieee")
+    acc_odd = tl.dot(high_weights, high_odd.to(VALUE_DOT), acc_odd, input_precision="ieee")
+    return acc_even, acc_odd, new_peak, norm, zeros
+
+
+@triton.jit
+def _join_pages(acc, peak, norm, HEADS: tl.constexpr):
+    """One row per query head, from those of the tiles' first pages, of their second ones, ..."""
+    PAGES: tl.constexpr = acc.shape[0] // HEADS
+    peak = tl.reshape(peak, [PAGES, HEADS])
+    top = tl.max(peak, 0)
+    share = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    norm = tl.sum(share * tl.reshape(norm, [PAGES, HEADS]), 0)
+    acc = tl.sum(share[:, :, None] * tl.reshape(acc, [PAGES, HEADS, acc.shape[1]]), 0)
+    return acc, top, norm
 
 
 @triton.jit(do_not_specialize=["splits", "min_context"])
@@ -215,73 +317,108 @@ def _attend_int4_kernel(
     PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
+    KEY_DOT: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     HALF: tl.constexpr = PAGE_SIZE // 2
     PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
-    ROWS: tl.constexpr = TILE // 2
+    # At least the 16 rows that a tensor core takes, of query heads and, as tokens are summed up, of bytes.
+    PAGES: tl.constexpr = max(32 // PAGE_SIZE, min(16 // HEADS, TILE // PAGE_SIZE), 1)
+    ROWS: tl.constexpr = PAGES * HALF
+    M: tl.constexpr = max(16, PAGES * HEADS)
     IS_FLOAT16: tl.constexpr = query.dtype.element_ty == tl.float16
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens + row)
+    all_pages = tl.cdiv(seq_len, PAGE_SIZE)
     reads_list = seq_len >= min_context
-    pages = tl.cdiv(seq_len, PAGE_SIZE)
-    pages_read = tl.where(reads_list, tl.minimum(pages, budget_pages), pages)
-    total = pages_read * HALF
-    seen = pages_read * PAGE_SIZE - (pages * PAGE_SIZE - seq_len)  # the row's last page is the list's last
-    first, end, active = split_range(total, ROWS, split, splits)
+    pages = tl.where(reads_list, tl.minimum(all_pages, budget_pages), all_pages)
+    listed = tl.where(reads_list, pages, 0)
+    seen = pages * PAGE_SIZE - (all_pages * PAGE_SIZE - seq_len)  # the row's last page is the list's last
+    first, end, active = split_range(pages, PAGES, split, splits)
     out += row * stride_out_row + kv_head * GROUP * stride_out_head
     value_channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
-    head = tl.arange(0, 16)
-    channel = tl.arange(0, HEAD_PAD)
-    inside = (head < GROUP)[:, None] & (channel < HEAD_SIZE)[None, :]
+    channel = tl.arange(0, HEAD_PAD)[None, :]
     if first >= end:
         if active == 0 and split == 0:
-            nothing = tl.zeros([16, HEAD_PAD], tl.float32).to(out.dtype.element_ty)
-            tl.store(out + head[:, None] * stride_out_head + channel[None, :], nothing, mask=inside)
+            head = tl.arange(0, HEADS)[:, None]
+            nothing = tl.zeros([HEADS, HEAD_PAD], tl.float32).to(out.dtype.element_ty)
+            tl.store(
+                out + head * stride_out_head + channel, nothing, mask=(head < GROUP) & (channel < HEAD_SIZE)
+            )
         return
 
+    slot = tl.arange(0, M)
+    head = slot % HEADS
     query += row * stride_query_row + kv_head * GROUP * stride_query_head
-    q = tl.load(query + head[:, None] * stride_query_head + channel[None, :], mask=inside, other=0.0).to(DOT)
+    inside = (head < GROUP)[:, None] & (channel < HEAD_SIZE)
+    q = tl.load(query + head[:, None] * stride_query_head + channel, mask=inside, other=0.0).to(tl.float32)
+    q_scale = power_of_two(tl.max(tl.abs(q), 1)) / QUERY_SCALE
+    logit_scale = q_scale * scale_log2
+    q_even, q_odd = tl.split(tl.reshape(q / q_scale[:, None], [M, HEAD_PAD // 2, 2]))
     run = kv_head * stride_kv_head
     block_table += row * stride_table
     page_indices += row * stride_pages_row + kv_head * stride_pages_head
-    acc = tl.zeros([16, GROUPS_PAD * GROUP_PAD], tl.float32)
-    peak = tl.full([16], float("-inf"), tl.float32)
-    norm = tl.zeros([16], tl.float32)
-    # The tiles of the row's last page come behind the loop, which then reads no residual.
-    plain_end = tl.minimum(end, first + tl.maximum(total - HALF - first, 0) // ROWS * ROWS)
-    page_run, page = _find_pages(
-        first, end, page_indices, block_table, reads_list, run, stride_block, PAGES_PER_BLOCK, HALF, ROWS
+    acc_even = tl.zeros([M, GROUPS_PAD * GROUP_PAD // 2], tl.float32)
+    acc_odd = tl.zeros([M, GROUPS_PAD * GROUP_PAD // 2], tl.float32)
+    peak = tl.full([M], float("-inf"), tl.float32)
+    norm = tl.zeros([M], tl.float32)
+    zeros = tl.zeros([M], tl.float32)  # the zero points' share of the output
+    # The tile of the row's last page comes behind the loop, which then reads no residual.
+    plain_end = tl.minimum(end, first + tl.maximum(pages - 1 - first, 0) // PAGES * PAGES)
+    row_page = tl.arange(0, ROWS) // HALF
+    slot_page = slot // HEADS
+    next_run, next_page = _find_pages(
+        first + row_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
     )
-    for start in tl.range(first, plain_end, ROWS):
-        this_run, this_page = page_run, page
+    next_head_run, next_head_page = _find_pages(
+        first + slot_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
+    )
+    for start in tl.range(first, plain_end, PAGES):
+        this_run, this_page, head_run, head_page = next_run, next_page, next_head_run, next_head_page
         # One tile ahead: K and V whose addresses are known are loaded several tiles ahead.
-        page_run, page = _find_pages(
-            start + ROWS, end, page_indices, block_table, reads_list, run, stride_block,
-            PAGES_PER_BLOCK, HALF, ROWS,
-        )  # fmt: skip
-        acc, peak, norm = _attend_tile(
-            q, acc, peak, norm, start, this_run, this_page, seen, total,
-            key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
-            scale_log2, least_weight, GROUP, HEAD_SIZE, HEAD_PAD, GROUPS, GROUPS_PAD, GROUP_PAD,
-            PAGE_SIZE, ROWS, DOT, IS_FLOAT16, False,
-        )  # fmt: skip
-    for start in tl.range(plain_end, end, ROWS, num_stages=1):
-        last_page = pages - 1
-        last_block = tl.load(block_table + last_page // PAGES_PER_BLOCK).to(tl.int64)
-        tag_at = (run + last_block * stride_block) * 16 + (HALF - 1) * HEAD_SIZE
-        tag = tl.load(key_residual + tag_at).to(tl.int32) >> 4
-        residual_start = tl.where(tag == last_page % PAGES_PER_BLOCK % TAGS, total - HALF, total)
-        page_run, page = _find_pages(
-            start, end, page_indices, block_table, reads_list, run, stride_block, PAGES_PER_BLOCK, HALF, ROWS
+        ahead = start + PAGES
+        next_run, next_page = _find_pages(
+            ahead + row_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
         )
-        acc, peak, norm = _attend_tile(
-            q, acc, peak, norm, start, page_run, page, seen, residual_start,
+        next_head_run, next_head_page = _find_pages(
+            ahead + slot_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
+        )
+        acc_even, acc_odd, peak, norm, zeros = _attend_tile(
+            q_even, q_odd, logit_scale, acc_even, acc_odd, peak, norm, zeros,
+            start, this_run, this_page, head_run, head_page, pages, seen, pages,
             key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
-            scale_log2, least_weight, GROUP, HEAD_SIZE, HEAD_PAD, GROUPS, GROUPS_PAD, GROUP_PAD,
-            PAGE_SIZE, ROWS, DOT, IS_FLOAT16, True,
+            least_weight, GROUP, HEADS, HEAD_SIZE, GROUPS, GROUPS_PAD, GROUP_PAD,
+            PAGE_SIZE, ROWS, KEY_DOT, DOT, IS_FLOAT16, PTX, False,
         )  # fmt: skip
+    if GROUPS == 1 and PTX and IS_FLOAT16:
+        acc_even *= LOW_UNIT
+        acc_odd *= LOW_UNIT
+    if plain_end < end:
+        next_run, next_page = _find_pages(
+            plain_end + row_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
+        )
+        next_head_run, next_head_page = _find_pages(
+            plain_end + slot_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
+        )
+        last_page = all_pages - 1
+        last_block = tl.load(block_table + last_page // PAGES_PER_BLOCK).to(tl.int64)
+        tag_at = (run + last_block * stride_block) * 8 + (HALF - 1) * (HEAD_SIZE // 2)
+        tag = tl.load(key_residual + tag_at).to(tl.int32) >> 4 & 15
+        residual_start = tl.where(tag == last_page % PAGES_PER_BLOCK % TAGS, pages - 1, pages)
+        acc_even, acc_odd, peak, norm, zeros = _attend_tile(
+            q_even, q_odd, logit_scale, acc_even, acc_odd, peak, norm, zeros,
+            plain_end, next_run, next_page, next_head_run, next_head_page, pages, seen, residual_start,
+            key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
+            least_weight, GROUP, HEADS, HEAD_SIZE, GROUPS, GROUPS_PAD, GROUP_PAD,
+            PAGE_SIZE, ROWS, KEY_DOT, DOT, IS_FLOAT16, PTX, True,
+        )  # fmt: skip
+    acc = tl.reshape(tl.join(acc_even, acc_odd), [M, GROUPS_PAD * GROUP_PAD]) + zeros[:, None]
+    if IS_FLOAT16:  # rounded bounds and zero points may lie beyond float16; the output does not
+        most = LARGEST_FLOAT16 * norm[:, None]
+        acc = tl.minimum(tl.maximum(acc, -most), most)
+    acc, peak, norm = _join_pages(acc, peak, norm, HEADS)
     finish_split(
         acc, peak, norm, out, scratch, arrivals, row, kv_head, split, splits, active, stride_out_head,
         value_channel, in_head, GROUP, HEADS, HEAD_SIZE, HEAD_PAD,
@@ -294,7 +431,7 @@ class Attention(NamedTuple):
     kernel: JITFunction
     parts: tuple  # of the cache, as the kernel is given them
     strides: tuple[int, ...]  # theirs
-    constants: dict[str, int]
+    constants: dict[str, Any]
     num_kv_heads: int
     choice: Choice
 
@@ -311,11 +448,24 @@ def int4_attention(
     kernel = "attend_int4" if value_threshold is None else "attend_int4_near"
     if page_size != cache.page_size:
         raise ValueError(f"page_size: {page_size}; the cache has pages of {cache.page_size} tokens")
+    bounds = cache.bounds.view(torch.int32 if cache.bound_params is None else torch.uint16)
     return Attention(
         kernel=_attend_int4_kernel,
-        parts=cache[:7],
+        parts=(
+            cache.key.view(torch.uint16),
+            cache.key_residual.view(torch.uint16),
+            cache.value.view(torch.uint16),
+            cache.value_params,
+            cache.value_residual.view(torch.uint16),
+            bounds,
+            cache.bound_params,
+        ),
         strides=(cache.stride_block, cache.stride_kv_head),
-        constants=cache.constants,
+        constants={
+            **cache.constants,
+            "KEY_DOT": dot_type(torch.float16),
+            "PTX": takes_ptx(cache.key.device),
+        },
         num_kv_heads=cache.num_kv_heads,
         choice=choose(kernel, cache.head_size, cache.key.device),
     )

@@ -10,6 +10,7 @@ import triton.language as tl
 from vllm_quest.kernels.triton.bounds import inverse
 
 __all__ = [
+    "LARGEST_FLOAT16",
     "NO_FRACTION",
     "TAGS",
     "as_float",
@@ -18,6 +19,7 @@ __all__ = [
     "group_channels",
     "limited",
     "load_residual",
+    "power_of_two",
     "read_values",
     "split_words",
     "step_of",
@@ -58,6 +60,12 @@ def as_float(code):
 
 
 @triton.jit
+def power_of_two(x):
+    """The largest one up to x, 1 for 0: what float16 is divided by loses no bit."""
+    return tl.where(x > 0.0, (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
 def fraction(residual):
     """What a residual nibble, int32, adds to a 4-bit code."""
     return (as_float(residual) - NO_FRACTION) / FINE
@@ -65,11 +73,12 @@ def fraction(residual):
 
 @triton.jit
 def load_residual(pointers, mask):
-    """Residual bytes, int32; outside `mask` that of two tokens without a fraction.
+    """Residual bytes or words, int32; outside `mask` those of tokens without a fraction.
 
     Not by the load's `other`: Triton 3.6 extends the sign of a byte over the word that it fills.
     """
-    return tl.where(mask, tl.load(pointers, mask=mask, other=0).to(tl.int32), NO_FRACTION * 17)
+    NIBBLES: tl.constexpr = 0x1111 if pointers.dtype.element_ty.primitive_bitwidth == 16 else 0x11
+    return tl.where(mask, tl.load(pointers, mask=mask, other=0).to(tl.int32), NO_FRACTION * NIBBLES)
 
 
 @triton.jit
@@ -78,6 +87,8 @@ def group_channels(
 ):
     """The channels of V, each group padded: ``[GROUPS_PAD * PAD]``, and which of these places have one."""
     place = tl.arange(0, GROUPS_PAD * PAD)
+    if GROUPS == 1:  # from which the compiler sees that channels follow each other
+        return place, place < GROUP_SIZE
     return place // PAD * GROUP_SIZE + place % PAD, (place % PAD < GROUP_SIZE) & (place // PAD < GROUPS)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "dot_type",
     "split_count",
     "split_total",
+    "takes_ptx",
     "warps_for",
 ]
 
@@ -69,13 +70,13 @@ _CHOICES = {
     ("attend_near", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
     ("attend_near", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
     ("attend_near", "cdna"): {64: Choice(32, 4, 1), 128: Choice(32, 4, 1), 256: Choice(32, 4, 1)},
-    ("attend_int4", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
-    ("attend_int4", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
-    ("attend_int4", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
+    ("attend_int4", "ampere"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(64, 8, 2)},
+    ("attend_int4", "hopper"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3), 256: Choice(64, 8, 3)},
+    ("attend_int4", "blackwell"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 4), 256: Choice(64, 8, 3)},
     ("attend_int4", "cdna"): {64: Choice(64, 2, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
-    ("attend_int4_near", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
-    ("attend_int4_near", "hopper"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
-    ("attend_int4_near", "blackwell"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
+    ("attend_int4_near", "ampere"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(64, 8, 2)},
+    ("attend_int4_near", "hopper"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(64, 8, 2)},
+    ("attend_int4_near", "blackwell"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(64, 8, 2)},
     ("attend_int4_near", "cdna"): {64: Choice(64, 2, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
 }
 
@@ -89,6 +90,11 @@ def architecture(device: torch.device) -> str:
         return "cdna"
     major = torch.cuda.get_device_capability(device)[0]
     return {9: "hopper", 10: "blackwell", 11: "blackwell"}.get(major, "ampere")
+
+
+def takes_ptx(device: torch.device) -> bool:
+    """Whether kernels may have instructions of NVIDIA's own."""
+    return not INTERPRETED and architecture(device) != "cdna"
 
 
 def warps_for(elements: int, per_thread: int, device: torch.device) -> int:

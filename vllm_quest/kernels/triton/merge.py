@@ -78,7 +78,7 @@ def finish_split(
     `out` points at the first query head of the group; `channel` says which channels the columns of `acc`
     are, `in_head` which columns are none.
     """
-    head = tl.arange(0, 16)
+    head = tl.arange(0, acc.shape[0])
     inside = (head < GROUP)[:, None] & in_head[None, :]
     acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
     if active > 1:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_quest.kernels.triton.codes import power_of_two
 from vllm_quest.kernels.triton.launch import (
     bound_strides,
     check_bounds,
@@ -18,8 +19,10 @@ from vllm_quest.kernels.triton.launch import (
     choose,
     dot_type,
     split_count,
+    takes_ptx,
 )
 from vllm_quest.kernels.triton.split import arrive_last, split_range
+from vllm_quest.kernels.triton.words import LOW_UNIT, bytes_of
 from vllm_quest.kernels.triton.workspace import Workspace, score_scratch
 from vllm_quest.layout import PageBounds
 
@@ -45,18 +48,6 @@ def _load_signed_query(
     inside = (channel < 2 * HEAD_SIZE) & (head < GROUP)
     q = tl.load(query + head * stride_head + channel % HEAD_SIZE, mask=inside, other=0.0).to(tl.float32)
     return tl.where(channel < HEAD_SIZE, tl.minimum(q, 0.0), tl.maximum(q, 0.0))
-
-
-@triton.jit
-def _power_of_two(x):
-    """The largest one up to x, 1 for 0: what float16 is divided by loses no bit."""
-    return tl.where(x > 0.0, (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 1.0)
-
-
-@triton.jit
-def _as_float16(code):
-    """Codes up to 255, in uint16, as float16: the bits of 1024 + code, less 1024. Conversions are slow."""
-    return (code | 0x6400).to(tl.float16, bitcast=True) - 1024.0
 
 
 @triton.jit
@@ -132,6 +123,7 @@ def _score_kernel(
     REDUCE: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -147,7 +139,7 @@ def _score_kernel(
     else:  # a word of two codes meets an even and an odd channel
         q = _load_signed_query(query, stride_query_head, 0, 2, GROUP, HEAD_SIZE, WIDTH)
         odd = _load_signed_query(query, stride_query_head, 1, 2, GROUP, HEAD_SIZE, WIDTH)
-        unit = _power_of_two(tl.max(tl.max(tl.maximum(tl.abs(q), tl.abs(odd)), 1), 0))
+        unit = power_of_two(tl.max(tl.max(tl.maximum(tl.abs(q), tl.abs(odd)), 1), 0))
         q, odd = (q / unit).to(DOT), (odd / unit).to(DOT)
         q_sum = tl.sum(q.to(tl.float32) + odd.to(tl.float32), 0)[None, :]
         bound_params += kv_head * stride_params_head
@@ -181,8 +173,11 @@ def _score_kernel(
             params = bound_params + _spread(block * stride_params + in_block * 2, 2, SPAN, 2)
             shift = tl.load(params, mask=known, other=0.0)[:, None]
             step = tl.load(params + 1, mask=known, other=0.0)[:, None]
-            score = tl.dot(_as_float16(minmax & 0xFF).to(DOT), q, input_precision="ieee")
-            score = tl.dot(_as_float16(minmax >> 8).to(DOT), odd, score, input_precision="ieee")
+            even_codes, odd_codes = bytes_of(minmax, DOT, PTX)
+            score = tl.dot(even_codes, q, input_precision="ieee")
+            score = tl.dot(odd_codes, odd, score, input_precision="ieee")
+            if PTX:
+                step *= LOW_UNIT
             score = (shift * q_sum + step * score) * unit
         if REDUCE == "max":
             tl.store(out + page, tl.max(tl.where(head < GROUP, score, float("-inf")), 1), mask=known)
@@ -293,6 +288,7 @@ def score_pages(
         REDUCE=group_reduce,
         TILE=choice.tile,
         DOT=dot_type(values.dtype if params is None else torch.float16),
+        PTX=takes_ptx(query.device),
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
     )
