@@ -26,7 +26,6 @@ from vllm_quest.kernels.triton.codes import (
     TAGS,
     group_channels,
     limited,
-    load_residual,
     power_of_two,
     read_values,
     split_words,
@@ -62,6 +61,12 @@ def _find_pages(
     page = tl.where(listed > 0, page, ordinal)
     block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=ordinal < end, other=0).to(tl.int64)
     return run + block * stride_block, page % PAGES_PER_BLOCK
+
+
+@triton.jit
+def _load_rest(pointers, mask):
+    """Residual words, uint16; outside `mask` those of tokens without a fraction."""
+    return tl.where(mask, tl.load(pointers, mask=mask, other=0), NO_FRACTION * 0x1111).to(tl.uint16)
 
 
 @triton.jit
@@ -161,8 +166,8 @@ def _attend_tile(
     """The softmax so far, with the tokens of the list's pages from `first_page` on.
 
     Logits are products with the query times `logit_scale`, ``[M]``. `run` and `page` are of each byte row,
-    ``[ROWS]``, `head_run` and `head_page` of each row of the query. All pages are full, but for the LAST tile:
-    the list has `pages`, of whose tokens `seen` are visible, and those from `residual_start` on have residuals.
+    ``[ROWS]``, `head_run` and `head_page` of each row of the query. All pages are full, but for the LAST
+    tile: the list has `pages`, of whose tokens `seen` are visible; from `residual_start` on with residuals.
     """
     HALF: tl.constexpr = PAGE_SIZE // 2
     WORDS: tl.constexpr = HEAD_SIZE // 2
@@ -186,7 +191,7 @@ def _attend_tile(
     if LAST:
         has_rest = low_seen & (ordinal >= residual_start)
         rest_row = run * 8 + half_row * WORDS
-        rest = load_residual(key_residual + rest_row[:, None] + word, mask & has_rest[:, None])
+        rest = _load_rest(key_residual + rest_row[:, None] + word, mask & has_rest[:, None])
         # The tag's place: the page's last token has 4 bits.
         rest = tl.where((half_row == HALF - 1)[:, None], rest & 0x0F0F | (NO_FRACTION * 0x1010), rest)
         low_even, high_even, low_odd, high_odd = fine_codes_of(words, rest, KEY_DOT)
@@ -228,7 +233,7 @@ def _attend_tile(
     words = tl.load(value_codes + word_row[:, None] + word[None, :], mask=mask, other=0)
     if LAST:
         rest = value_residual + rest_row[:, None] + word[None, :]
-        rest = load_residual(rest, mask & has_rest[:, None])
+        rest = _load_rest(rest, mask & has_rest[:, None])
         low_even, high_even, low_odd, high_odd = fine_codes_of(words, rest, VALUE_DOT)
     else:
         low_even, high_even, low_odd, high_odd = codes_of(words, VALUE_DOT, PTX)

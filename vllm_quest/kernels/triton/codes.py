@@ -73,12 +73,11 @@ def fraction(residual):
 
 @triton.jit
 def load_residual(pointers, mask):
-    """Residual bytes or words, int32; outside `mask` those of tokens without a fraction.
+    """Residual bytes, int32; outside `mask` that of two tokens without a fraction.
 
     Not by the load's `other`: Triton 3.6 extends the sign of a byte over the word that it fills.
     """
-    NIBBLES: tl.constexpr = 0x1111 if pointers.dtype.element_ty.primitive_bitwidth == 16 else 0x11
-    return tl.where(mask, tl.load(pointers, mask=mask, other=0).to(tl.int32), NO_FRACTION * NIBBLES)
+    return tl.where(mask, tl.load(pointers, mask=mask, other=0).to(tl.int32), NO_FRACTION * 17)
 
 
 @triton.jit
