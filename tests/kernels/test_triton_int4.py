@@ -185,7 +185,9 @@ def test_dequantized_blocks_are_the_references(case) -> None:
         outputs.append(out.cpu())
     exact = DEVICE.type == "cpu" and query.dtype != torch.bfloat16  # to which the interpreter rounds its way
     bound = 0 if exact else TOLERANCE[query.dtype]
-    torch.testing.assert_close(*outputs, rtol=bound, atol=0, equal_nan=True)
+    # A GPU fuses product and sum: float32 rounds once less, at the size of the zero point, here up to 4.
+    fused = 0 if DEVICE.type == "cpu" else 2**-21
+    torch.testing.assert_close(*outputs, rtol=bound, atol=fused, equal_nan=True)
     assert outputs[0][:-1].isfinite().all()
     assert outputs[0][-1].isnan().all()
 
@@ -197,7 +199,7 @@ def test_rows_without_a_context_are_zero() -> None:
     cache.append(reference.store, {request: 20})
     table, seq_lens, _ = cache.rows([request, request])
     table[0], seq_lens[0] = 2**30, 0
-    query = torch.randn(2, 8, 64)
+    query = torch.randn(2, 8, 64).to(cache.layout.dtype)
     views = cache.layout.views(cache.cache.to(DEVICE))
     arguments = on_device(query, views.key, views.value, table, seq_lens, None)
     out = torch.full_like(query, torch.nan, device=DEVICE)

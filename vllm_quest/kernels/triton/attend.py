@@ -33,31 +33,22 @@ EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
 
 
 @triton.jit
-def _find_tokens(
-    start,
-    end,
-    page_indices,
-    block_table,
-    reads_list,
-    stride_block,
-    TOKEN_STRIDE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Offsets in the cache of the next TILE tokens of the list, [TILE] int64.
+def _page_of(slot, listed, page_indices, PAGE_SIZE: tl.constexpr):
+    """The pages of slots of the row's list, up to `listed`; where that is 0, the list is of all pages."""
+    return tl.load(page_indices + slot // PAGE_SIZE, mask=slot < listed, other=slot // PAGE_SIZE)
 
-    What is looked up is looked up once per page, not per token.
-    """
-    SPAN: tl.constexpr = min(TILE, PAGE_SIZE)
-    slot = start + tl.arange(0, TILE // SPAN) * SPAN
-    listed = tl.where(reads_list, end, 0)
-    page = tl.load(page_indices + slot // PAGE_SIZE, mask=slot < listed, other=0)
-    page = tl.where(reads_list, page, slot // PAGE_SIZE)
-    token = page * PAGE_SIZE + slot % PAGE_SIZE
-    block = tl.load(block_table + token // BLOCK_SIZE, mask=slot < end, other=0).to(tl.int64)
-    offset = block * stride_block + (token % BLOCK_SIZE) * TOKEN_STRIDE
-    offset = tl.reshape(offset[:, None] + (tl.arange(0, SPAN) * TOKEN_STRIDE)[None, :], [TILE])
+
+@triton.jit
+def _block_of(page, slot, end, block_table, PAGES_PER_BLOCK: tl.constexpr):
+    """The blocks of the pages of these slots, which end at `end`."""
+    return tl.load(block_table + page // PAGES_PER_BLOCK, mask=slot < end, other=0)
+
+
+@triton.jit
+def _spread(first, stride: tl.constexpr, SPAN: tl.constexpr):
+    """Offsets of all tokens, ``[n * SPAN]``, from those of the first ones of spans, ``[n]``."""
+    offset = first[:, None] + (tl.arange(0, SPAN) * stride)[None, :]
+    offset = tl.reshape(offset, [first.shape[0] * SPAN])
     return tl.multiple_of(offset, 8)  # 16 bytes, which the compiler does not see
 
 
@@ -123,17 +114,24 @@ def _attend_kernel(
     page_indices += row * stride_pages_row + kv_head * stride_pages_head
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
-    next_offset = _find_tokens(
-        first, end, page_indices, block_table, reads_list, stride_block,
-        TOKEN_STRIDE, BLOCK_SIZE, PAGE_SIZE, TILE,
-    )  # fmt: skip
+    PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
+    SPAN: tl.constexpr = min(TILE, PAGE_SIZE)
+    listed = tl.where(reads_list, end, 0)
+    # Blocks are looked up a tile ahead, pages another, each once per page: K and V whose addresses are known
+    # are loaded several tiles ahead, and nothing waits for a look-up. (Where a value is carried over two
+    # iterations as it is, a loop is not pipelined.)
+    slot = first + tl.arange(0, TILE // SPAN) * SPAN
+    page = _page_of(slot, listed, page_indices, PAGE_SIZE)
+    block = _block_of(page, slot, end, block_table, PAGES_PER_BLOCK)
+    in_block = page % PAGES_PER_BLOCK * PAGE_SIZE + slot % PAGE_SIZE
+    page = _page_of(slot + TILE, listed, page_indices, PAGE_SIZE)
     for start in tl.range(first, end, TILE):
-        offset = next_offset[:, None] + channel
-        # One tile ahead: K and V whose addresses are known are loaded several tiles ahead.
-        next_offset = _find_tokens(
-            start + TILE, end, page_indices, block_table, reads_list, stride_block,
-            TOKEN_STRIDE, BLOCK_SIZE, PAGE_SIZE, TILE,
-        )  # fmt: skip
+        offset = _spread(block.to(tl.int64) * stride_block + in_block * TOKEN_STRIDE, TOKEN_STRIDE, SPAN)
+        offset = offset[:, None] + channel
+        slot += TILE
+        block = _block_of(page, slot, end, block_table, PAGES_PER_BLOCK)
+        in_block = page % PAGES_PER_BLOCK * PAGE_SIZE + slot % PAGE_SIZE
+        page = _page_of(slot + TILE, listed, page_indices, PAGE_SIZE)
         visible = start + tl.arange(0, TILE) < visible_end
         loaded = visible[:, None] & (channel < HEAD_SIZE)
         key = tl.load(key_cache + offset, mask=loaded, other=0.0).to(DOT)

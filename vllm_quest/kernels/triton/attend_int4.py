@@ -50,17 +50,15 @@ QUERY_SCALE = tl.constexpr(2.0**-7)  # of the query, which then has room in floa
 
 
 @triton.jit
-def _find_pages(
-    ordinal, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK: tl.constexpr
-):
-    """Of pages of the row's list, by their places in it: the run of each, and the page's number in it.
+def _page_at(place, listed, page_indices):
+    """The pages at places of the row's list, up to `listed`; where that is 0, the list is of all pages."""
+    return tl.load(page_indices + place, mask=place < listed, other=place)
 
-    The first `listed` places are looked up; where that is none, the list is of all pages. `end` are there.
-    """
-    page = tl.load(page_indices + ordinal, mask=ordinal < listed, other=0)
-    page = tl.where(listed > 0, page, ordinal)
-    block = tl.load(block_table + page // PAGES_PER_BLOCK, mask=ordinal < end, other=0).to(tl.int64)
-    return run + block * stride_block, page % PAGES_PER_BLOCK
+
+@triton.jit
+def _block_of(page, place, end, block_table, PAGES_PER_BLOCK: tl.constexpr):
+    """The blocks of the pages at these places, which end at `end`."""
+    return tl.load(block_table + page // PAGES_PER_BLOCK, mask=place < end, other=0)
 
 
 @triton.jit
@@ -372,27 +370,29 @@ def _attend_int4_kernel(
     zeros = tl.zeros([M], tl.float32)  # the zero points' share of the output
     # The tile of the row's last page comes behind the loop, which then reads no residual.
     plain_end = tl.minimum(end, first + tl.maximum(pages - 1 - first, 0) // PAGES * PAGES)
-    row_page = tl.arange(0, ROWS) // HALF
-    slot_page = slot // HEADS
-    next_run, next_page = _find_pages(
-        first + row_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
-    )
-    next_head_run, next_head_page = _find_pages(
-        first + slot_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
-    )
+    # Of every byte row, and of every row of the query. Blocks are looked up a tile ahead, pages another: K
+    # and V whose addresses are known are loaded several tiles ahead, and nothing waits for a look-up. (Where
+    # a value is carried over two iterations as it is, a loop is not pipelined.)
+    place, head_place = first + tl.arange(0, ROWS) // HALF, first + slot // HEADS
+    page, head_page = _page_at(place, listed, page_indices), _page_at(head_place, listed, page_indices)
+    block = _block_of(page, place, end, block_table, PAGES_PER_BLOCK)
+    head_block = _block_of(head_page, head_place, end, block_table, PAGES_PER_BLOCK)
+    in_block, head_in_block = page % PAGES_PER_BLOCK, head_page % PAGES_PER_BLOCK
+    page = _page_at(place + PAGES, listed, page_indices)
+    head_page = _page_at(head_place + PAGES, listed, page_indices)
     for start in tl.range(first, plain_end, PAGES):
-        this_run, this_page, head_run, head_page = next_run, next_page, next_head_run, next_head_page
-        # One tile ahead: K and V whose addresses are known are loaded several tiles ahead.
-        ahead = start + PAGES
-        next_run, next_page = _find_pages(
-            ahead + row_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
-        )
-        next_head_run, next_head_page = _find_pages(
-            ahead + slot_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
-        )
+        this_run, this_page = run + block.to(tl.int64) * stride_block, in_block
+        head_run, this_head_page = run + head_block.to(tl.int64) * stride_block, head_in_block
+        place += PAGES
+        head_place += PAGES
+        block = _block_of(page, place, end, block_table, PAGES_PER_BLOCK)
+        head_block = _block_of(head_page, head_place, end, block_table, PAGES_PER_BLOCK)
+        in_block, head_in_block = page % PAGES_PER_BLOCK, head_page % PAGES_PER_BLOCK
+        page = _page_at(place + PAGES, listed, page_indices)
+        head_page = _page_at(head_place + PAGES, listed, page_indices)
         acc_even, acc_odd, peak, norm, zeros = _attend_tile(
             q_even, q_odd, logit_scale, acc_even, acc_odd, peak, norm, zeros,
-            start, this_run, this_page, head_run, head_page, pages, seen, pages,
+            start, this_run, this_page, head_run, this_head_page, pages, seen, pages,
             key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
             least_weight, GROUP, HEADS, HEAD_SIZE, GROUPS, GROUPS_PAD, GROUP_PAD,
             PAGE_SIZE, ROWS, KEY_DOT, DOT, IS_FLOAT16, PTX, False,
@@ -401,12 +401,6 @@ def _attend_int4_kernel(
         acc_even *= LOW_UNIT
         acc_odd *= LOW_UNIT
     if plain_end < end:
-        next_run, next_page = _find_pages(
-            plain_end + row_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
-        )
-        next_head_run, next_head_page = _find_pages(
-            plain_end + slot_page, listed, end, page_indices, block_table, run, stride_block, PAGES_PER_BLOCK
-        )
         last_page = all_pages - 1
         last_block = tl.load(block_table + last_page // PAGES_PER_BLOCK).to(tl.int64)
         tag_at = (run + last_block * stride_block) * 8 + (HALF - 1) * (HEAD_SIZE // 2)
@@ -414,7 +408,8 @@ def _attend_int4_kernel(
         residual_start = tl.where(tag == last_page % PAGES_PER_BLOCK % TAGS, pages - 1, pages)
         acc_even, acc_odd, peak, norm, zeros = _attend_tile(
             q_even, q_odd, logit_scale, acc_even, acc_odd, peak, norm, zeros,
-            plain_end, next_run, next_page, next_head_run, next_head_page, pages, seen, residual_start,
+            plain_end, run + block.to(tl.int64) * stride_block, in_block,
+            run + head_block.to(tl.int64) * stride_block, head_in_block, pages, seen, residual_start,
             key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
             least_weight, GROUP, HEADS, HEAD_SIZE, GROUPS, GROUPS_PAD, GROUP_PAD,
             PAGE_SIZE, ROWS, KEY_DOT, DOT, IS_FLOAT16, PTX, True,

@@ -63,6 +63,25 @@ def _spread(first, size, SPAN: tl.constexpr, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
+def _load_params(
+    bound_params,
+    block,
+    spans,
+    start,
+    end,
+    stride_params,
+    TILE: tl.constexpr,
+    SPAN: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,
+):
+    """Offsets and scales of the tile's pages from `start` on, 0 from `end` on."""
+    known = start + tl.arange(0, TILE) < end
+    params = block.to(tl.int64) * stride_params + spans % PAGES_PER_BLOCK * 2
+    params = bound_params + _spread(params, 2, SPAN, 2)
+    return tl.load(params, mask=known, other=0.0), tl.load(params + 1, mask=known, other=0.0)
+
+
+@triton.jit
 def _softmax_mean(
     out, raw, partials, total, max_pages, active, scale_log2, GROUP: tl.constexpr, GROUP_POW2: tl.constexpr
 ):
@@ -153,32 +172,41 @@ def _score_kernel(
     head = tl.arange(0, 16)[None, :]
     peak = tl.full([16], float("-inf"), tl.float32)
     norm = tl.zeros([16], tl.float32)
-    # Pages of one block are looked up together, and one tile ahead: bounds whose address is known are loaded
-    # several tiles ahead.
-    spans = tl.arange(0, TILE // SPAN) * SPAN
-    next_block = tl.load(block_table + (first + spans) // PAGES_PER_BLOCK, mask=first + spans < end, other=0)
+    # Pages of one block are looked up together. Bounds are loaded several tiles ahead, offsets and scales
+    # one, blocks another: nothing waits for them. (Where a value is carried over two iterations as it is, a
+    # loop is not pipelined.)
+    spans = first + tl.arange(0, TILE // SPAN) * SPAN
+    block = tl.load(block_table + spans // PAGES_PER_BLOCK, mask=spans < end, other=0)
+    place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * WORDS
+    if bound_params is not None:
+        shift, step = _load_params(
+            bound_params, block, spans, first, end, stride_params, TILE, SPAN, PAGES_PER_BLOCK
+        )
+    spans += TILE
+    block = tl.load(block_table + spans // PAGES_PER_BLOCK, mask=spans < end, other=0)
     for start in tl.range(first, end, TILE):
         page = start + tl.arange(0, TILE)
         known = page < end
-        block = next_block.to(tl.int64)
-        ahead = start + TILE + spans
-        next_block = tl.load(block_table + ahead // PAGES_PER_BLOCK, mask=ahead < end, other=0)
-        in_block = (start + spans) % PAGES_PER_BLOCK
-        offset = _spread(block * stride_block + in_block * WORDS, WORDS, SPAN, 8)  # 16 bytes
+        offset = _spread(place, WORDS, SPAN, 8)  # 16 bytes
+        place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * WORDS
+        if bound_params is not None:
+            this_shift, this_step = shift[:, None], step[:, None]
+            shift, step = _load_params(
+                bound_params, block, spans, start + TILE, end, stride_params, TILE, SPAN, PAGES_PER_BLOCK
+            )
+        spans += TILE
+        block = tl.load(block_table + spans // PAGES_PER_BLOCK, mask=spans < end, other=0)
         inside = known[:, None] & (word < WORDS)
         minmax = tl.load(bounds + offset[:, None] + word, mask=inside, other=0)
         if bound_params is None:
             score = tl.dot(minmax.to(DOT), q, input_precision="ieee")  # [TILE, 16]
         else:
-            params = bound_params + _spread(block * stride_params + in_block * 2, 2, SPAN, 2)
-            shift = tl.load(params, mask=known, other=0.0)[:, None]
-            step = tl.load(params + 1, mask=known, other=0.0)[:, None]
             even_codes, odd_codes = bytes_of(minmax, DOT, PTX)
             score = tl.dot(even_codes, q, input_precision="ieee")
             score = tl.dot(odd_codes, odd, score, input_precision="ieee")
             if PTX:
-                step *= LOW_UNIT
-            score = (shift * q_sum + step * score) * unit
+                this_step *= LOW_UNIT
+            score = (this_shift * q_sum + this_step * score) * unit
         if REDUCE == "max":
             tl.store(out + page, tl.max(tl.where(head < GROUP, score, float("-inf")), 1), mask=known)
         elif REDUCE == "mean":
