@@ -272,8 +272,7 @@ def attend_pages(
         HEADS=triton.next_power_of_2(group),
         TILE=attention.choice.tile,
         DOT=dot_type(query.dtype),
-        num_warps=attention.choice.num_warps,
-        num_stages=attention.choice.num_stages,
+        **attention.choice.options,
         **attention.constants,
     )
     return out

@@ -52,6 +52,13 @@ class Choice(NamedTuple):
     tile: int  # pages (score), tokens (attend) per loop iteration
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # per thread, so that more programs run at a time; NVIDIA only
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is given."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 # By kernel, architecture and head size (padded to a power of two). The page size does not enter: a tile is a
@@ -70,13 +77,13 @@ _CHOICES = {
     ("attend_near", "hopper"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
     ("attend_near", "blackwell"): {64: Choice(32, 4, 4), 128: Choice(32, 4, 4), 256: Choice(32, 8, 3)},
     ("attend_near", "cdna"): {64: Choice(32, 4, 1), 128: Choice(32, 4, 1), 256: Choice(32, 4, 1)},
-    ("attend_int4", "ampere"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(64, 8, 2)},
-    ("attend_int4", "hopper"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3), 256: Choice(64, 8, 3)},
-    ("attend_int4", "blackwell"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 4), 256: Choice(64, 8, 3)},
+    ("attend_int4", "ampere"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2, 168), 256: Choice(32, 8, 2)},
+    ("attend_int4", "hopper"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3, 168), 256: Choice(32, 8, 3)},
+    ("attend_int4", "blackwell"): {64: Choice(64, 4, 4), 128: Choice(64, 4, 3, 168), 256: Choice(32, 8, 3)},
     ("attend_int4", "cdna"): {64: Choice(64, 2, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
-    ("attend_int4_near", "ampere"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(64, 8, 2)},
-    ("attend_int4_near", "hopper"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(64, 8, 2)},
-    ("attend_int4_near", "blackwell"): {64: Choice(64, 4, 2), 128: Choice(64, 4, 2), 256: Choice(64, 8, 2)},
+    ("attend_int4_near", "ampere"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
+    ("attend_int4_near", "hopper"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
+    ("attend_int4_near", "blackwell"): {64: Choice(32, 4, 2), 128: Choice(32, 4, 2), 256: Choice(32, 8, 2)},
     ("attend_int4_near", "cdna"): {64: Choice(64, 2, 2), 128: Choice(64, 4, 2), 256: Choice(32, 4, 2)},
 }
 
@@ -139,7 +146,7 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def split_count(kernel: str, pairs: int, tiles: int, device: torch.device) -> int:
-    """Programs per (row, KV head), from shapes alone: enough to fill the device, at most one per tile.
+    """Programs per (row, KV head), from shapes alone: as many as the device runs at a time, or one per tile.
 
     Args:
         kernel: ``score`` or ``attend``.
@@ -147,14 +154,14 @@ def split_count(kernel: str, pairs: int, tiles: int, device: torch.device) -> in
         tiles: Least shares of the longest context that the shapes allow.
         device: Where the kernel runs.
     """
-    filling = -(-PROGRAMS_PER_MULTIPROCESSOR[kernel] * multiprocessors(device) // pairs)
+    filling = PROGRAMS_PER_MULTIPROCESSOR[kernel] * multiprocessors(device) // pairs
     return max(1, min(tiles, _MAX_SPLITS[kernel], max(MIN_SPLITS, filling)))
 
 
 def split_total(kernel: str, pairs: int, tiles: int, device: torch.device) -> int:
     """At least the splits of a launch of `pairs` pairs or fewer: fewer pairs may have more splits in all."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR[kernel] * multiprocessors(device)
-    return min(pairs * min(tiles, _MAX_SPLITS[kernel]), max(pairs * MIN_SPLITS, wanted + pairs))
+    at_once = PROGRAMS_PER_MULTIPROCESSOR[kernel] * multiprocessors(device)
+    return min(pairs * min(tiles, _MAX_SPLITS[kernel]), max(pairs * MIN_SPLITS, at_once))
 
 
 def check_group(num_heads: int, num_kv_heads: int) -> int:

@@ -7,6 +7,8 @@ max(q * kmin, q * kmax) is q * kmin where q is negative and q * kmax elsewhere. 
 and runs on tensor cores, on the bounds as they lie in the cache. The query heads of a KV head share one read.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -54,7 +56,7 @@ def _load_signed_query(
 def _spread(first, size, SPAN: tl.constexpr, MULTIPLE: tl.constexpr):
     """Offsets of all pages, [m * SPAN], from those of the first pages of spans, [m].
 
-    All are multiples of MULTIPLE. Behind a reshape the compiler does not see it, and would load byte by byte.
+    All are multiples of MULTIPLE, which the compiler does not see behind a reshape.
     """
     if SPAN == 1:
         return first
@@ -139,6 +141,7 @@ def _score_kernel(
     WIDTH: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
+    UNIT: tl.constexpr,
     REDUCE: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
@@ -162,7 +165,7 @@ def _score_kernel(
         q, odd = (q / unit).to(DOT), (odd / unit).to(DOT)
         q_sum = tl.sum(q.to(tl.float32) + odd.to(tl.float32), 0)[None, :]
         bound_params += kv_head * stride_params_head
-    bounds += kv_head * stride_kv_head
+    bounds += kv_head * stride_kv_head * UNIT
     block_table += row * stride_table
     out += row * stride_out_row + kv_head * stride_out_head
     pair = row * tl.num_programs(1) + kv_head
@@ -177,7 +180,7 @@ def _score_kernel(
     # loop is not pipelined.)
     spans = first + tl.arange(0, TILE // SPAN) * SPAN
     block = tl.load(block_table + spans // PAGES_PER_BLOCK, mask=spans < end, other=0)
-    place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * WORDS
+    place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * (WORDS // UNIT)
     if bound_params is not None:
         shift, step = _load_params(
             bound_params, block, spans, first, end, stride_params, TILE, SPAN, PAGES_PER_BLOCK
@@ -187,8 +190,8 @@ def _score_kernel(
     for start in tl.range(first, end, TILE):
         page = start + tl.arange(0, TILE)
         known = page < end
-        offset = _spread(place, WORDS, SPAN, 8)  # 16 bytes
-        place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * WORDS
+        offset = _spread(place * UNIT, WORDS, SPAN, UNIT)
+        place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * (WORDS // UNIT)
         if bound_params is not None:
             this_shift, this_step = shift[:, None], step[:, None]
             shift, step = _load_params(
@@ -289,6 +292,10 @@ def score_pages(
     values, params = bounds
     if params is not None:  # two codes at a time
         values = values.view(torch.uint16)
+    stride_block, stride_kv_head, *strides_params = bound_strides(PageBounds(values, params))
+    # Strides count 16 bytes where they can: so the compiler knows how the bounds are aligned.
+    words = values.shape[3] * values.shape[4]
+    unit = math.gcd(16 // values.itemsize, stride_block, stride_kv_head, words)
     _score_kernel[(splits, num_kv_heads, rows)](
         query,
         values,
@@ -303,7 +310,9 @@ def score_pages(
         max_pages,
         query.stride(0),
         query.stride(1),
-        *bound_strides(PageBounds(values, params)),
+        stride_block // unit,
+        stride_kv_head // unit,
+        *strides_params,
         block_table.stride(0),
         out.stride(0),
         out.stride(1),
@@ -313,11 +322,11 @@ def score_pages(
         WIDTH=triton.next_power_of_2(2 * head_size * bounds.values.itemsize // values.itemsize),
         PAGES_PER_BLOCK=pages_per_block,
         SPAN=min(choice.tile, pages_per_block & -pages_per_block),
+        UNIT=unit,
         REDUCE=group_reduce,
         TILE=choice.tile,
         DOT=dot_type(values.dtype if params is None else torch.float16),
         PTX=takes_ptx(query.device),
-        num_warps=choice.num_warps,
-        num_stages=choice.num_stages,
+        **choice.options,
     )
     return out
