@@ -91,7 +91,7 @@ def _return(machine: Machine, instruction: Instruction) -> None:
 
 
 def _barrier(machine: Machine, instruction: Instruction) -> None:
-    """Threads in lockstep have all arrived, and launches follow each other."""
+    """Threads in lockstep have all arrived."""
 
 
 TRANSFERS: dict[str, Callable[[Machine, Instruction], None]] = {
@@ -105,5 +105,4 @@ TRANSFERS: dict[str, Callable[[Machine, Instruction], None]] = {
     "bra": _branch,
     "ret": _return,
     **dict.fromkeys(("bar.sync", "bar.warp.sync"), _barrier),
-    **dict.fromkeys(("griddepcontrol.wait", "griddepcontrol.launch_dependents"), _barrier),
 }

@@ -22,7 +22,6 @@ from vllm_quest.kernels.triton.launch import (
     split_count,
 )
 from vllm_quest.kernels.triton.merge import finish_split
-from vllm_quest.kernels.triton.order import early_start, wait_for_inputs
 from vllm_quest.kernels.triton.split import split_range
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
 from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, ValueCache
@@ -87,9 +86,7 @@ def _attend_kernel(
     PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -276,7 +273,6 @@ def attend_pages(
         TILE=attention.choice.tile,
         DOT=dot_type(query.dtype),
         **attention.choice.options,
-        **early_start(query.device),
         **attention.constants,
     )
     return out

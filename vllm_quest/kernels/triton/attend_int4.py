@@ -32,7 +32,6 @@ from vllm_quest.kernels.triton.codes import (
 )
 from vllm_quest.kernels.triton.launch import Choice, Int4Cache, choose, dot_type, takes_ptx
 from vllm_quest.kernels.triton.merge import finish_split
-from vllm_quest.kernels.triton.order import wait_for_inputs
 from vllm_quest.kernels.triton.split import split_range
 from vllm_quest.kernels.triton.words import (
     HIGH_UNIT,
@@ -323,9 +322,7 @@ def _attend_int4_kernel(
     DOT: tl.constexpr,
     KEY_DOT: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
     HALF: tl.constexpr = PAGE_SIZE // 2
     PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
     # At least the 16 rows that a tensor core takes, of query heads and, as tokens are summed up, of bytes.

@@ -26,7 +26,6 @@ __all__ = [
     "dot_type",
     "split_count",
     "split_total",
-    "starts_early",
     "takes_ptx",
     "warps_for",
 ]
@@ -103,11 +102,6 @@ def architecture(device: torch.device) -> str:
 def takes_ptx(device: torch.device) -> bool:
     """Whether kernels may have instructions of NVIDIA's own."""
     return not INTERPRETED and architecture(device) != "cdna"
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether a launch may start before the one ahead of it has ended."""
-    return not INTERPRETED and architecture(device) in ("hopper", "blackwell")
 
 
 def warps_for(elements: int, per_thread: int, device: torch.device) -> int:

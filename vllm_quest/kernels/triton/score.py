@@ -23,7 +23,6 @@ from vllm_quest.kernels.triton.launch import (
     split_count,
     takes_ptx,
 )
-from vllm_quest.kernels.triton.order import early_start, wait_for_inputs
 from vllm_quest.kernels.triton.split import arrive_last, split_range
 from vllm_quest.kernels.triton.words import LOW_UNIT, bytes_of
 from vllm_quest.kernels.triton.workspace import Workspace, score_scratch
@@ -147,9 +146,7 @@ def _score_kernel(
     TILE: tl.constexpr,
     DOT: tl.constexpr,
     PTX: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -331,6 +328,5 @@ def score_pages(
         DOT=dot_type(values.dtype if params is None else torch.float16),
         PTX=takes_ptx(query.device),
         **choice.options,
-        **early_start(query.device),
     )
     return out

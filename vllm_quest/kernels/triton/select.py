@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from vllm_quest.kernels.triton.launch import CHUNK
-from vllm_quest.kernels.triton.order import early_start, wait_for_inputs
 from vllm_quest.kernels.triton.split import arrive_last
 from vllm_quest.kernels.triton.workspace import Workspace, select_scratch
 
@@ -155,9 +154,7 @@ def _select_kernel(
     stride_out_head,
     CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -271,6 +268,5 @@ def select_pages(
         CHUNK=chunk,
         CANDIDATES=triton.next_power_of_2(chunks * min(budget_pages, chunk)),
         num_warps=max(1, min(8, chunk // (32 * KEYS_PER_THREAD))),
-        **early_start(page_scores.device),
     )
     return out

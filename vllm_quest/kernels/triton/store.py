@@ -11,7 +11,6 @@ import triton.language as tl
 
 from vllm_quest.kernels.triton.bounds import write_bounds
 from vllm_quest.kernels.triton.launch import bound_strides, check_bounds, check_cache
-from vllm_quest.kernels.triton.order import early_start, wait_for_inputs
 from vllm_quest.kernels.triton.store_int4 import store_int4
 from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, PageBounds, ValueCache
 
@@ -102,9 +101,7 @@ def _store_kernel(
     BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     kv_head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
@@ -207,5 +204,4 @@ def store(
         PAGE_SIZE=page_size,
         TOKENS=tokens,
         num_warps=max(1, min(8, page_size * head_pad // (32 * ELEMENTS_PER_THREAD))),
-        **early_start(key.device),
     )

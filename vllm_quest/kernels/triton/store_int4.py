@@ -23,7 +23,6 @@ from vllm_quest.kernels.triton.codes import (
     units_of,
 )
 from vllm_quest.kernels.triton.launch import Int4Cache, warps_for
-from vllm_quest.kernels.triton.order import early_start, wait_for_inputs
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["store_int4"]
@@ -266,9 +265,7 @@ def _store_int4_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     kv_head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
@@ -363,5 +360,4 @@ def store_int4(
         BLOCK_PAD=triton.next_power_of_2(cache.block_size),
         TOKENS=tokens,
         num_warps=warps_for(elements, ELEMENTS_PER_THREAD, key.device),
-        **early_start(key.device),
     )
