@@ -54,15 +54,7 @@ class LayerPlan:
         return dict(Counter(self.dense.values()))
 
     def log(self, config: QuestConfig, layout: PageLayout, num_kv_heads: int) -> None:
-        """Logs one line: what is sparse, what is dense and why, and what the cache takes.
-
-        And a warning where the kernels have not been seen right on hardware.
-        """
-        if layout.is_int4 and not layout.for_cpu:
-            logger.warning(
-                "QUEST: kv_dtype=int4 on a GPU: its kernels pass their tests under Triton's interpreter; on "
-                "hardware they have not been seen right yet (docs/gpu.md)"
-            )
+        """Logs one line: what is sparse, what is dense and why, and what the cache takes."""
         dense = []
         for reason, words in DENSE_REASONS.items():
             if names := [name for name, why in self.dense.items() if why == reason]:

@@ -23,6 +23,7 @@ from vllm_quest.kernels.triton.launch import (
     split_count,
     takes_ptx,
 )
+from vllm_quest.kernels.triton.softmax_mean import softmax_mean
 from vllm_quest.kernels.triton.split import arrive_last, split_range
 from vllm_quest.kernels.triton.words import LOW_UNIT, bytes_of
 from vllm_quest.kernels.triton.workspace import Workspace, score_scratch
@@ -81,36 +82,6 @@ def _load_params(
     params = block.to(tl.int64) * stride_params + spans % PAGES_PER_BLOCK * 2
     params = bound_params + _spread(params, 2, SPAN, 2)
     return tl.load(params, mask=known, other=0.0), tl.load(params + 1, mask=known, other=0.0)
-
-
-@triton.jit
-def _softmax_mean(
-    out, raw, partials, total, max_pages, active, scale_log2, GROUP: tl.constexpr, GROUP_POW2: tl.constexpr
-):
-    """Mean over the group of each head's softmax over the pages, from the raw scores and the splits' sums."""
-    head = tl.arange(0, GROUP_POW2)[None, :]
-    peak = tl.full([GROUP_POW2], float("-inf"), tl.float32)
-    norm = tl.zeros([GROUP_POW2], tl.float32)
-    for start in range(0, active, 64):
-        split = start + tl.arange(0, 64)[:, None]
-        partial = partials + split * 2 * GROUP + head
-        known = (split < active) & (head < GROUP)
-        split_peak = tl.load(partial, mask=known, other=float("-inf"))
-        split_norm = tl.load(partial + GROUP, mask=known, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(split_peak, 0))
-        # The columns beyond the group stay at -inf, and -inf less itself would be NaN; they enter no result.
-        norm = norm * tl.exp2((peak - new_peak) * scale_log2)
-        norm += tl.sum(split_norm * tl.exp2((split_peak - new_peak[None, :]) * scale_log2), 0)
-        peak = new_peak
-    TILE: tl.constexpr = 2048 // GROUP_POW2
-    for start in tl.range(0, total, TILE, num_stages=3):
-        page = start + tl.arange(0, TILE)
-        known = (page < total)[:, None] & (head < GROUP)
-        # Masked by the buffer's length and not by `total`, of which the compiler knows no alignment.
-        inside = (page < max_pages)[:, None] & (head < GROUP)
-        score = tl.load(raw + head * max_pages + page[:, None], mask=inside, other=0.0)
-        share = tl.exp2((score - peak[None, :]) * scale_log2) / norm[None, :]
-        tl.store(out + page, tl.sum(tl.where(known, share, 0.0), 1) / GROUP, mask=page < total)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -229,7 +200,7 @@ def _score_kernel(
         tl.store(partials + split * 2 * GROUP + head, peak, mask=head < GROUP)
         tl.store(partials + split * 2 * GROUP + GROUP + head, norm, mask=head < GROUP)
         if arrive_last(arrivals + pair, active):
-            _softmax_mean(out, raw, partials, total, max_pages, active, scale_log2, GROUP, GROUP_POW2)
+            softmax_mean(out, raw, partials, total, max_pages, active, scale_log2, GROUP, GROUP_POW2)
 
 
 def score_pages(
