@@ -2,61 +2,35 @@
 
     python -m benchmarks.compile_check [--json PATH] [--targets sm_90 gfx942] [--jobs 2]
 
-The launchers run on small CPU tensors with their kernels replaced by a recorder, so what is compiled is what
-would be launched, with Triton's own specialization of the arguments. Fails where registers run out, on more
-shared memory than the target has, where the bulk of the data is not loaded 16 bytes at a time, and where a
-masked load fills bytes in a way that some Triton gets wrong.
+Fails where registers run out in a loop, on more shared memory than the target has, where the bulk of the data
+is not loaded 16 bytes at a time, and where a masked load fills bytes in a way that some Triton gets wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
-
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, but Triton 3.9 warns without it
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.compiled import Figures, figures, fills_wrongly
+from benchmarks.recorder import KIB, TARGETS, recording
 from vllm_quest.kernels import triton as kernels
 from vllm_quest.layout import Int4Keys, Int4Values, PageLayout, PageViews
 
-KIB = 1024
 ROWS, KV_HEADS, BLOCKS = 2, 2, 4
 SCALE = 0.1
 
 
-@dataclass(frozen=True)
-class Target:
-    gpu: GPUTarget
-    architecture: str  # row of the launch table
-    shared_limit: int  # bytes a program may have
-
-
-# sm_80 stands for its whole family: sm_86 and sm_89 run the same launches with 99 KiB.
-TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), "ampere", 99 * KIB),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), "hopper", 227 * KIB),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), "blackwell", 227 * KIB),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "cdna", 64 * KIB),
-}
 # (head size, page size, query heads per KV head)
 GEOMETRIES = [
     *[(head, page, group) for head in (64, 128, 256) for page, group in ((8, 1), (16, 4), (32, 8))],
@@ -87,59 +61,9 @@ class Result:
     kernel: str
     configuration: str
     target: str
-    registers: int
     shared: int
-    spilled: int
-    wide_loads: int
-    loads: int
+    figures: Figures
     problem: str
-
-
-class Recorder:
-    """Stands in for a kernel and keeps what it would have been launched with."""
-
-    def __init__(self, kernel) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        self.grid = grid
-        return self.record
-
-    def record(self, *args, **kwargs) -> None:
-        self.args, self.kwargs = args, kwargs
-
-    def pack(self, gpu: GPUTarget):
-        """As `JITFunction.run` does: arguments by name, their types, what to compile with which options."""
-        backend = make_backend(gpu)
-        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        bound, specialization, _ = bind(*self.args, **self.kwargs)
-        options, signature, constants, attributes = self.kernel._pack_args(
-            backend, self.kwargs, bound, specialization, None
-        )
-        return bound, signature, ASTSource(self.kernel, signature, constants, attributes), options.__dict__
-
-    def compile(self, gpu: GPUTarget):
-        """The kernel, for what it would have been launched with."""
-        _, _, source, options = self.pack(gpu)
-        return triton.compile(source, target=gpu, options=options)
-
-    def parameters(self, gpu: GPUTarget) -> list:
-        """The arguments that are not compiled in, in the order of the compiled kernel's parameters."""
-        bound, signature, _, _ = self.pack(gpu)
-        return [bound[name] for name, kind in signature.items() if kind != "constexpr"]
-
-
-@contextmanager
-def recording(name: str, architecture: str) -> Iterator[Recorder]:
-    """Stands in for the kernel of module `name`, whose launcher believes to be on a GPU of `architecture`."""
-    launch = importlib.import_module("vllm_quest.kernels.triton.launch")
-    module = importlib.import_module(f"vllm_quest.kernels.triton.{name}")
-    recorder = Recorder(getattr(module, f"_{name}_kernel"))
-    with (
-        mock.patch.object(module, f"_{name}_kernel", recorder),
-        mock.patch.object(launch, "architecture", return_value=architecture),
-    ):
-        yield recorder
 
 
 def views(head_size: int, page_size: int, metadata_dtype: str, value_groups: int | None = None) -> PageViews:
@@ -253,83 +177,42 @@ def cases() -> list[Case]:
     return found + int4_cases()
 
 
-def run_tool(name: str, *arguments: str) -> str:
-    tool = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def figure(name: str, text: str) -> int:
-    """The number behind `name`, as the compilers print it."""
-    found = re.search(rf"{name}:?\s*(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"the compiler's output has no {name}")
-    return int(found.group(1))
-
-
-def nvidia_figures(compiled) -> tuple[int, int, int, int]:
-    """Registers, spilled bytes, 16-byte loads and all loads from device memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = run_tool("cuobjdump", "-res-usage", cubin.name)
-        sass = run_tool("nvdisasm", "-c", cubin.name)
-    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)
-    # What is spilled lies on the stack, and our kernels put nothing else there.
-    return figure("REG", usage), figure("STACK", usage), sum(".128" in load for load in loads), len(loads)
-
-
-def amd_figures(compiled) -> tuple[int, int, int, int]:
-    text = compiled.asm["amdgcn"]
-    # Scalar registers spill into vector registers; where those run out, ScratchSize says so.
-    spilled = sum(figure(name, text) for name in (r"\.vgpr_spill_count", "ScratchSize"))
-    loads = re.findall(r"\b(?:global|buffer)_load_\w+", text)
-    return figure(r"\.vgpr_count", text), spilled, sum("dwordx4" in load for load in loads), len(loads)
-
-
-def fills_wrongly(ttgir: str) -> bool:
-    """Whether a masked load puts negative bytes or halves in: Triton 3.6 extends their sign over a word."""
-    negative = set(re.findall(r"(%\w+) = arith\.constant dense<-\d+> : tensor<[^>]*xi(?:8|16)\b", ttgir))
-    loads = re.findall(r"tt\.load %[^,\n]+, %[^,\n]+, (%\w+)|mask %\S+ other (%\w+)", ttgir)
-    return any(negative & set(found) for found in loads)
-
-
 def check(index: int, target_name: str) -> Result:
     """Compiles case `index` for a target."""
     case, target = cases()[index], TARGETS[target_name]
     with recording(case.kernel, target.architecture) as recorder:
         case.launch()
     compiled = recorder.compile(target.gpu)
-    figures = nvidia_figures if target.gpu.backend == "cuda" else amd_figures
-    registers, spilled, wide, loads = figures(compiled)
-    # ptxas puts loop invariants on the stack, too, to have more programs at once; that is its choice.
-    limit = min(255, 65536 // (32 * compiled.metadata.num_warps)) if target.gpu.backend == "cuda" else 0
-    shared = compiled.metadata.shared
+    found, shared = figures(compiled), compiled.metadata.shared
     problems = {
-        "spills": spilled > 0 and registers > limit - 8,
+        "spills": found.spills,
         f"more shared memory than {target.shared_limit // KIB} KiB": shared > target.shared_limit,
         "fills bytes by a mask": fills_wrongly(compiled.asm["ttgir"]),
         # A page to dequantize can be smaller than what a wave loads with 16 bytes per thread.
-        "no 16-byte loads": wide == 0 and case.kernel != "dequantize",
+        "no 16-byte loads": found.wide_loads == 0 and case.kernel != "dequantize",
     }
-    problem = ", ".join(name for name, found in problems.items() if found)
-    return Result(
-        case.kernel, case.configuration, target_name, registers, shared, spilled, wide, loads, problem
-    )
+    problem = ", ".join(name for name, present in problems.items() if present)
+    return Result(case.kernel, case.configuration, target_name, shared, found, problem)
 
 
-def line(kernel, configuration, target, registers, shared, spilled, loads, problem) -> str:
+def line(kernel, configuration, target, registers, shared, spilled, loops, loads, problem) -> str:
     return (
-        f"{kernel:12}{configuration:60}{target:8}{registers:>10}{shared:>9}{spilled:>9}{loads:>12}  {problem}"
+        f"{kernel:12}{configuration:77}{target:8}{registers:>10}{shared:>9}{spilled:>9}{loops:>9}{loads:>12}"
+        f"  {problem}"
     ).rstrip()
 
 
-HEADER = line("kernel", "configuration", "target", "registers", "shared", "spilled", "16 B loads", problem="")
+HEADER = line(
+    "kernel", "configuration", "target", "registers", "shared", "spilled", "in loops", "16 B loads", ""
+)
 
 
 def row(r: Result) -> str:
-    loads = f"{r.wide_loads} of {r.loads}"
+    f = r.figures
+    loops = "-" if f.loop_spills is None else f.loop_spills
+    loads = f"{f.wide_loads} of {f.loads}"
     return line(
-        r.kernel, r.configuration, r.target, r.registers, r.shared, r.spilled, loads, problem=r.problem
+        r.kernel, r.configuration, r.target, f.registers, r.shared, f.spilled, loops, loads, problem=r.problem
     )
 
 

@@ -5,11 +5,6 @@ The interpreter of `test_triton_*.py` runs the source; what the compiler makes o
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
-from unittest import mock
-
 import pytest
 import torch
 
@@ -23,15 +18,10 @@ INT4 = {**HALF, "kv_dtype": "int4", "metadata_dtype": "int8", "value_groups": 4}
 INT4_SMALL = {**HALF_SMALL, "kv_dtype": "int4", "metadata_dtype": "int8", "value_groups": 1}
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture
+def compiled(compiling):
     """Calls a case in a process whose kernels are not the interpreter's."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with (
-        mock.patch.dict(os.environ, environment, clear=True),
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
-        yield lambda *arguments: pool.submit(run, *arguments).result()
+    return lambda *arguments: compiling.submit(run, *arguments).result()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks.compile_check import TARGETS, Recorder, Target, recording
+from benchmarks.recorder import TARGETS, Recorder, Target, recording
 from tests.ptx.machine import WARP, Machine
 from tests.ptx.memory import Memory
 from tests.ptx.parse import parse
