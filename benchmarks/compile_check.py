@@ -91,10 +91,17 @@ def launch_store(
     kernels.store(key, key, pages.key, pages.value, pages.bounds, torch.zeros(tokens, dtype=torch.int64))
 
 
-def launch_score(head_size: int, page_size: int, group: int, group_reduce: str, metadata_dtype: str) -> None:
+def launch_score(
+    head_size: int,
+    page_size: int,
+    group: int,
+    group_reduce: str,
+    metadata_dtype: str,
+    value_groups: int | None = None,
+) -> None:
     query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
     counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
-    bounds = views(head_size, page_size, metadata_dtype).bounds
+    bounds = views(head_size, page_size, metadata_dtype, value_groups).bounds
     kernels.score_pages(query, bounds, table, counts, SCALE, group_reduce)
 
 
@@ -150,6 +157,9 @@ def int4_cases() -> list[Case]:
         for name, threshold in (("", None), (", threshold", 6.5)):
             call = partial(launch_attend, head_size, page_size, group, threshold, bounds, groups)
             found.append(Case("attend_int4", f"{geometry}, group {group}{name}", call))
+        # Other strides than those of 16-bit pages.
+        call = partial(launch_score, head_size, page_size, group, "max", bounds, groups)
+        found.append(Case("score", f"{geometry}, group {group}, max", call))
         call = partial(launch_dequantize, head_size, page_size, bounds, groups)
         found.append(Case("dequantize", geometry, call))
     return found
