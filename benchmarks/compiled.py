@@ -17,6 +17,7 @@ __all__ = ["Figures", "figures", "fills_wrongly"]
 @dataclass(frozen=True)
 class Figures:
     registers: int  # per thread
+    register_limit: int  # that many the compiler could have given it
     spilled: int  # bytes per thread
     loop_spills: int | None  # instructions in loops that store or load what is spilled; None: not looked for
     wide_loads: int  # from device memory, 16 bytes per thread
@@ -24,8 +25,14 @@ class Figures:
 
     @property
     def spills(self) -> bool:
-        """Whether in a loop, where that is known: elsewhere they may pay for more programs at once."""
-        return self.spilled > 0 if self.loop_spills is None else self.loop_spills > 0
+        """Whether registers run out, in a loop where that is known: elsewhere it may pay for more programs.
+
+        Below the limit ptxas puts loop invariants on the stack, too, to have more programs at once; that is
+        its choice.
+        """
+        if self.loop_spills is None:
+            return self.spilled > 0
+        return self.loop_spills > 0 and self.registers > self.register_limit - 8
 
 
 def figures(compiled) -> Figures:
@@ -53,6 +60,7 @@ def _nvidia_figures(compiled) -> Figures:
     loads = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)
     return Figures(
         _number("REG", usage),
+        compiled.metadata.maxnreg or min(255, 65536 // (32 * compiled.metadata.num_warps)),
         # What is spilled lies on the stack, and our kernels put nothing else there.
         _number("STACK", usage),
         sum(re.search(r"\b(?:LDL|STL)\b", instruction) is not None for instruction in in_loops(sass)),
@@ -67,7 +75,8 @@ def _amd_figures(compiled) -> Figures:
     spilled = sum(_number(name, text) for name in (r"\.vgpr_spill_count", "ScratchSize"))
     loads = re.findall(r"\b(?:global|buffer)_load_\w+", text)
     wide = sum("dwordx4" in load for load in loads)
-    return Figures(_number(r"\.vgpr_count", text), spilled, None, wide, len(loads))
+    # The limit is that of a wave alone on its SIMD unit.
+    return Figures(_number(r"\.vgpr_count", text), 512, spilled, None, wide, len(loads))
 
 
 def _run_tool(name: str, *arguments: str) -> str:

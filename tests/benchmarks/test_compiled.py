@@ -14,6 +14,7 @@ from tests.benchmarks.spilling import compiled_figures
 def test_spills_in_a_loop_are_found(compiling) -> None:
     figures = compiling.submit(compiled_figures, "everywhere", 32).result()
     assert figures.loop_spills > 0
+    assert figures.register_limit == 32
     assert figures.spills
 
 
@@ -25,7 +26,12 @@ def test_spills_around_a_loop_are_none_in_it(compiling) -> None:
 
 
 def test_where_loops_are_not_looked_for_every_spill_counts() -> None:
-    assert Figures(registers=128, spilled=4, loop_spills=None, wide_loads=1, loads=1).spills
+    assert Figures(128, 512, spilled=4, loop_spills=None, wide_loads=1, loads=1).spills
+
+
+@pytest.mark.parametrize(("limit", "spills"), [(255, False), (168, True)])
+def test_registers_have_run_out_near_the_limit_only(limit, spills) -> None:
+    assert Figures(168, limit, spilled=8, loop_spills=2, wide_loads=1, loads=1).spills is spills
 
 
 def sass(text: str) -> str:
