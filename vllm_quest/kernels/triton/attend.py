@@ -21,6 +21,7 @@ from vllm_quest.kernels.triton.launch import (
     dot_type,
     split_count,
 )
+from vllm_quest.kernels.triton.lookup import block_of, page_at
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
@@ -30,18 +31,6 @@ __all__ = ["attend_pages"]
 
 LOG2E = 1.4426950408889634
 EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
-
-
-@triton.jit
-def _page_of(slot, listed, page_indices, PAGE_SIZE: tl.constexpr):
-    """The pages of slots of the row's list, up to `listed`; where that is 0, the list is of all pages."""
-    return tl.load(page_indices + slot // PAGE_SIZE, mask=slot < listed, other=slot // PAGE_SIZE)
-
-
-@triton.jit
-def _block_of(page, slot, end, block_table, PAGES_PER_BLOCK: tl.constexpr):
-    """The blocks of the pages of these slots, which end at `end`."""
-    return tl.load(block_table + page // PAGES_PER_BLOCK, mask=slot < end, other=0)
 
 
 @triton.jit
@@ -116,22 +105,20 @@ def _attend_kernel(
     norm = tl.zeros([16], tl.float32)
     PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
     SPAN: tl.constexpr = min(TILE, PAGE_SIZE)
-    listed = tl.where(reads_list, end, 0)
-    # Blocks are looked up a tile ahead, pages another, each once per page: K and V whose addresses are known
-    # are loaded several tiles ahead, and nothing waits for a look-up. (Where a value is carried over two
-    # iterations as it is, a loop is not pipelined.)
+    last_place = tl.cdiv(end, PAGE_SIZE)
+    listed = tl.where(reads_list, last_place, 0)
     slot = first + tl.arange(0, TILE // SPAN) * SPAN
-    page = _page_of(slot, listed, page_indices, PAGE_SIZE)
-    block = _block_of(page, slot, end, block_table, PAGES_PER_BLOCK)
+    page = page_at(slot // PAGE_SIZE, listed, page_indices)
+    block = block_of(page, slot // PAGE_SIZE, last_place, block_table, PAGES_PER_BLOCK)
     in_block = page % PAGES_PER_BLOCK * PAGE_SIZE + slot % PAGE_SIZE
-    page = _page_of(slot + TILE, listed, page_indices, PAGE_SIZE)
+    page = page_at((slot + TILE) // PAGE_SIZE, listed, page_indices)
     for start in tl.range(first, end, TILE):
         offset = _spread(block.to(tl.int64) * stride_block + in_block * TOKEN_STRIDE, TOKEN_STRIDE, SPAN)
         offset = offset[:, None] + channel
         slot += TILE
-        block = _block_of(page, slot, end, block_table, PAGES_PER_BLOCK)
+        block = block_of(page, slot // PAGE_SIZE, last_place, block_table, PAGES_PER_BLOCK)
         in_block = page % PAGES_PER_BLOCK * PAGE_SIZE + slot % PAGE_SIZE
-        page = _page_of(slot + TILE, listed, page_indices, PAGE_SIZE)
+        page = page_at((slot + TILE) // PAGE_SIZE, listed, page_indices)
         visible = start + tl.arange(0, TILE) < visible_end
         loaded = visible[:, None] & (channel < HEAD_SIZE)
         key = tl.load(key_cache + offset, mask=loaded, other=0.0).to(DOT)

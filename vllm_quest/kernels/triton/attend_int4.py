@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from vllm_quest.kernels.triton.attend_int4_tile import attend_tile
 from vllm_quest.kernels.triton.codes import LARGEST_FLOAT16, TAGS, group_channels, power_of_two
 from vllm_quest.kernels.triton.launch import Choice, Int4Cache, choose, dot_type, takes_ptx
+from vllm_quest.kernels.triton.lookup import block_of, page_at
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
 from vllm_quest.kernels.triton.words import LOW_UNIT
@@ -31,18 +32,6 @@ from vllm_quest.layout import Int4Keys, Int4Values
 __all__ = ["Attention", "int4_attention"]
 
 QUERY_SCALE = tl.constexpr(2.0**-7)  # of the query, which then has room in float16 for 8-bit steps
-
-
-@triton.jit
-def _page_at(place, listed, page_indices):
-    """The pages at places of the row's list, up to `listed`; where that is 0, the list is of all pages."""
-    return tl.load(page_indices + place, mask=place < listed, other=place)
-
-
-@triton.jit
-def _block_of(page, place, end, block_table, PAGES_PER_BLOCK: tl.constexpr):
-    """The blocks of the pages at these places, which end at `end`."""
-    return tl.load(block_table + page // PAGES_PER_BLOCK, mask=place < end, other=0)
 
 
 @triton.jit
@@ -148,26 +137,24 @@ def _attend_int4_kernel(
     zeros = tl.zeros([M], tl.float32)  # the zero points' share of the output
     # The tile of the row's last page comes behind the loop, which then reads no residual.
     plain_end = tl.minimum(end, first + tl.maximum(pages - 1 - first, 0) // PAGES * PAGES)
-    # Of every byte row, and of every row of the query. Blocks are looked up a tile ahead, pages another: K
-    # and V whose addresses are known are loaded several tiles ahead, and nothing waits for a look-up. (Where
-    # a value is carried over two iterations as it is, a loop is not pipelined.)
+    # Of every byte row, and of every row of the query.
     place, head_place = first + tl.arange(0, ROWS) // HALF, first + slot // HEADS
-    page, head_page = _page_at(place, listed, page_indices), _page_at(head_place, listed, page_indices)
-    block = _block_of(page, place, end, block_table, PAGES_PER_BLOCK)
-    head_block = _block_of(head_page, head_place, end, block_table, PAGES_PER_BLOCK)
+    page, head_page = page_at(place, listed, page_indices), page_at(head_place, listed, page_indices)
+    block = block_of(page, place, end, block_table, PAGES_PER_BLOCK)
+    head_block = block_of(head_page, head_place, end, block_table, PAGES_PER_BLOCK)
     in_block, head_in_block = page % PAGES_PER_BLOCK, head_page % PAGES_PER_BLOCK
-    page = _page_at(place + PAGES, listed, page_indices)
-    head_page = _page_at(head_place + PAGES, listed, page_indices)
+    page = page_at(place + PAGES, listed, page_indices)
+    head_page = page_at(head_place + PAGES, listed, page_indices)
     for start in tl.range(first, plain_end, PAGES):
         this_run, this_page = run + block.to(tl.int64) * stride_block, in_block
         head_run, this_head_page = run + head_block.to(tl.int64) * stride_block, head_in_block
         place += PAGES
         head_place += PAGES
-        block = _block_of(page, place, end, block_table, PAGES_PER_BLOCK)
-        head_block = _block_of(head_page, head_place, end, block_table, PAGES_PER_BLOCK)
+        block = block_of(page, place, end, block_table, PAGES_PER_BLOCK)
+        head_block = block_of(head_page, head_place, end, block_table, PAGES_PER_BLOCK)
         in_block, head_in_block = page % PAGES_PER_BLOCK, head_page % PAGES_PER_BLOCK
-        page = _page_at(place + PAGES, listed, page_indices)
-        head_page = _page_at(head_place + PAGES, listed, page_indices)
+        page = page_at(place + PAGES, listed, page_indices)
+        head_page = page_at(head_place + PAGES, listed, page_indices)
         acc_even, acc_odd, peak, norm, zeros = attend_tile(
             q_even, q_odd, logit_scale, acc_even, acc_odd, peak, norm, zeros,
             start, this_run, this_page, head_run, this_head_page, pages, seen, pages,
