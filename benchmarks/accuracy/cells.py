@@ -19,7 +19,7 @@ from statistics import mean
 from benchmarks.accuracy.samples import Header, Results, Score
 from benchmarks.accuracy.statistics import Interval, bootstrap, wilson
 
-__all__ = ["DENSE", "Cell", "Evaluation", "Summary", "evaluate"]
+__all__ = ["DENSE", "Cell", "Evaluation", "Summary", "differences", "evaluate"]
 
 DENSE = "dense"
 CAN_DO = 0.5  # share that the dense model must exceed
@@ -133,8 +133,8 @@ def _cell(scores: dict[int, Score], dense: dict[int, Score]) -> Cell:
     has_rouge = own[0].rougeL is not None
 
     def change(value: Callable[[Score], float]) -> Interval | None:
-        differences = _differences(scores, dense, value)
-        return bootstrap([differences]) if differences else None
+        changes = differences(scores, dense, value)
+        return bootstrap([changes]) if changes else None
 
     return Cell(
         samples=len(own),
@@ -155,7 +155,7 @@ def _rouge(score: Score) -> float:
     return score.rougeL or 0.0
 
 
-def _differences(
+def differences(
     scores: dict[int, Score], dense: dict[int, Score], value: Callable[[Score], float]
 ) -> list[float]:
     return [value(scores[index]) - value(dense[index]) for index in scores if index in dense]
@@ -175,9 +175,9 @@ def _summary(
     done = {task: grouped[name, task] for task, how in judged.items() if how and (name, task) in grouped}
     by_share = {task: scores for task, scores in done.items() if judged[task] != "nll"}
     right = [
-        _differences(scores, grouped[DENSE, task], _right(judged[task])) for task, scores in by_share.items()
+        differences(scores, grouped[DENSE, task], _right(judged[task])) for task, scores in by_share.items()
     ]
-    nll = [_differences(scores, grouped[DENSE, task], lambda one: one.nll) for task, scores in done.items()]
+    nll = [differences(scores, grouped[DENSE, task], lambda one: one.nll) for task, scores in done.items()]
     return Summary(
         header=headers[name],
         kv_bytes_read=_kv_bytes_read(headers, name, [s for group in done.values() for s in group.values()]),
