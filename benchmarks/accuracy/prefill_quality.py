@@ -126,8 +126,8 @@ def main() -> None:
     arguments = _arguments()
     try:
         arms = arms_of(arguments.budget, arguments.quest, arguments.tails, arguments.chunks)
-        if not max([0, *arguments.tails]) < arguments.context - QUESTION_ROOM:
-            raise ValueError("--tails: allowed: less than a context has")
+        if not arms or max([0, *arguments.tails]) >= arguments.context - QUESTION_ROOM:
+            raise ValueError("--tails, --chunks: allowed: at least one; tails shorter than a context")
         model = arguments.model or str(prepare_model())
         samples = _build(model, arguments.context, arguments.samples, arguments.seed)
         grid = Grid(model, arguments.context, samples, {}, arguments.out, rouge=tasks.rouge_l, timed=False)
@@ -204,20 +204,19 @@ def summaries(results: Results, samples: Iterable[Key], arms: list[Arm]) -> Iter
             scores.setdefault((one.configuration, one.task), {})[one.sample] = one
     for arm in arms:
         exact = arm.exact.name if arm.exact.name in names else DENSE
-        for group in [*((task,) for task in TASKS), TASKS]:
-            yield {
-                "prefill": asdict(arm.prefill),
-                "decode": asdict(arm.decode),
-                "chunk": arm.chunk,
-                "task": group[0] if len(group) == 1 else "mean",
-                "samples": sum(len(scores[arm.name, task]) for task in group),
-                **_metrics(scores, group, arm.name, {"dense": DENSE, "exact_prefill": exact}),
-            }
+        bases = {"dense": DENSE, "exact_prefill": exact}
+        groups = {task: (task,) for task in TASKS} | {"mean": TASKS}
+        yield {
+            "prefill": asdict(arm.prefill),
+            "decode": asdict(arm.decode),
+            "chunk": arm.chunk,
+            "tasks": {name: _metrics(scores, group, arm.name, bases) for name, group in groups.items()},
+        }
 
 
 def _metrics(scores: Scores, group: Sequence[str], own: str, bases: dict[str, str]) -> dict[str, Any]:
     """Means over the tasks of `group`, and their changes to each base."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"samples": sum(len(scores[own, task]) for task in group)}
     for metric in METRICS:
         value = attrgetter(metric)
         of = [task for task in group if metric != "exact" or task in GRADED]
@@ -230,25 +229,32 @@ def _metrics(scores: Scores, group: Sequence[str], own: str, bases: dict[str, st
     return found
 
 
-def _table(found: list[dict[str, Any]]) -> str:
+def _table(arms: list[dict[str, Any]]) -> str:
     lines = ["| task | decode | prefill | exact, % | KL | NLL | NLL, change | KL, change | exact, points |"]
     lines.append("|---" * 9 + "|")
-    for one in sorted(found, key=lambda one: [*TASKS, "mean"].index(one["task"])):
-        decode = "sparse" if one["decode"]["token_budget"] else one["decode"]["kv_dtype"]
-        prefill = f"chunks of {one['chunk']}" if one["chunk"] else f"tail of {one['prefill']['decode_tail']}"
-        exact = f"{one['exact']:.0%}" if "exact" in one else "-"
-        nll, *changes = (
-            "{:+.{}f} [{:+.{}f}, {:+.{}f}]".format(*(x for end in one[name] for x in (end * scale, digits)))
-            if name in one
-            else "-"
-            for name, scale, digits in (
-                ("nll_to_dense", *METRICS["nll"]),
-                *((f"{metric}_to_exact_prefill", *shown) for metric, shown in METRICS.items()),
-            )
-        )
-        cells = one["task"], decode, prefill, exact, f"{one['kl']:.3f}", nll, *changes
-        lines.append(f"| {' | '.join(cells)} |")
+    for task in arms[0]["tasks"]:
+        for arm in arms:
+            decode = "sparse" if arm["decode"]["token_budget"] else arm["decode"]["kv_dtype"]
+            tail = f"tail of {arm['prefill']['decode_tail']}"
+            prefill = f"chunks of {arm['chunk']}" if arm["chunk"] else tail
+            lines.append(f"| {' | '.join([task, decode, prefill, *_cells(arm['tasks'][task])])} |")
     return "\n".join(lines)
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    """Means, the change of NLL to dense, and all changes to exact prefill."""
+    shown = {"nll_to_dense": METRICS["nll"]}
+    shown |= {f"{metric}_to_exact_prefill": format_ for metric, format_ in METRICS.items()}
+    return [
+        f"{found['exact']:.0%}" if "exact" in found else "-",
+        f"{found['kl']:.3f}",
+        *(
+            "{:+.{}f} [{:+.{}f}, {:+.{}f}]".format(*(x for end in found[name] for x in (end * scale, digits)))
+            if name in found
+            else "-"
+            for name, (scale, digits) in shown.items()
+        ),
+    ]
 
 
 def _arguments() -> argparse.Namespace:

@@ -56,19 +56,19 @@ def test_changes_are_paired(results) -> None:
     """Samples differ by more than arms do, and every sample of an arm changes alike: no interval is left."""
     keys = [(task, sample) for task in TASKS for sample in range(COUNT)]
     found = list(summaries(results, keys, ARMS))
-    assert len(found) == len(ARMS) * (len(TASKS) + 1)
+    assert [one["chunk"] for one in found] == [arm.chunk for arm in ARMS]
     weights = {task: 10 ** -TASKS.index(task) for task in TASKS}
     weights["mean"] = fmean(weights.values())
     exact = [1, 1, 0, 1, 0, 6, 6]  # places of what each arm is compared with; dense has place 0
-    for place, base in enumerate(exact, start=1):
-        for one in found[(place - 1) * 5 : place * 5]:
-            weight = weights[one["task"]]
-            assert one["samples"] == COUNT * (4 if one["task"] == "mean" else 1)
-            assert one["chunk"] == ARMS[place - 1].chunk
+    for place, (arm, base) in enumerate(zip(found, exact, strict=True), start=1):
+        assert list(arm["tasks"]) == list(weights)
+        for task, one in arm["tasks"].items():
+            weight = weights[task]
+            assert one["samples"] == COUNT * (4 if task == "mean" else 1)
             assert one["nll_to_dense"] == pytest.approx([place * weight] * 3)
             assert one["nll_to_exact_prefill"] == pytest.approx([(place - base) * weight] * 3)
             assert one["kl_to_exact_prefill"] == pytest.approx([(place - base) / 8] * 3)
-            if one["task"] in (*GRADED, "mean"):
+            if task in (*GRADED, "mean"):
                 assert one["exact_to_dense"] == [-(place % 2)] * 3
             else:
                 assert "exact" not in one
