@@ -9,7 +9,6 @@ from tests.backend import test_int4
 from tests.backend.harness import HEAD_SIZE, KV_HEADS, Engine, inputs
 from tests.backend.test_gpu import Backend
 from tests.backend.test_int4 import attention, decoded, stored
-from vllm_quest.backend import layers
 from vllm_quest.backend.workspace import Workspace
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
@@ -20,16 +19,6 @@ DENSE, INT4 = (quest | {"page_size": 16} for quest in (test_int4.DENSE, test_int
 
 def assert_reads(output: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
     torch.testing.assert_close(output, attention(query, keys, values), rtol=1e-4, atol=1e-5)
-
-
-def test_the_log_says_that_hardware_has_not_seen_them(monkeypatch) -> None:
-    warnings: list[str] = []
-    monkeypatch.setattr(layers.logger, "warning", warnings.append)
-    Engine(Backend, DENSE)
-    assert not warnings
-    Engine(Backend, INT4)
-    assert len(warnings) == 1
-    assert "kv_dtype=int4 on a GPU" in warnings[0]
 
 
 def test_the_first_chunk_is_the_dense_result_to_the_bit() -> None:
