@@ -51,11 +51,11 @@ demo-batch: install
 bench-quick: export OMP_WAIT_POLICY := PASSIVE
 bench-quick: export VLLM_CPU_OMP_THREADS_BIND := 0-$(shell nproc --ignore=1)
 bench-quick: install
-	$(BIN)/python -m benchmarks.cpu_kernels --contexts 8192 32768 --page-sizes 16 --dtypes float32 --repeats 15
+	$(BIN)/python -m benchmarks.cpu_kernels --contexts 8192 32768 --page-sizes 8 --formats int8-bounds --dtypes float32 --repeats 15
 	$(BIN)/python -m benchmarks.throughput --contexts 2048 6144 --batches 2 --repeats 3 --steps 16
 	mkdir -p build
-	$(BIN)/python -m benchmarks.context_cost --contexts 1024 4096 16384 65536 262144 --page-sizes 16 --repeats 7 \
-	    --plot build/context_cost.png
+	$(BIN)/python -m benchmarks.context_cost --contexts 1024 4096 16384 65536 262144 --page-sizes 8 \
+	    --metadata-dtypes int8 --repeats 7 --plot build/context_cost.png
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
@@ -65,17 +65,19 @@ contract: install
 	$(BIN)/python -m pytest tests/contract -m contract $(ARGS)
 
 # A small grid on the small model, from nothing: its scores, two scorers broken on purpose, tables and pictures.
-# A hundred needles: with fifty, the intervals of the mean over the layer and the sound scorer overlap by two points.
+# A hundred needles: with fifty, the intervals of the mean over the layer and the sound scorer overlap by two points
+# (pages of 16, bounds in the model's dtype, two dense layers, as the controls have them here).
+LARGE_PAGES := {"token_budget": 192, "page_size": 16, "metadata_dtype": "auto", "dense_layers": 2}
 QUICK := --context 1024 --out results/quick
 QUICK_GRID := $(QUICK) --no-ranks --no-times --quest '{"token_budget": 192}' --quest '{"token_budget": 384}' \
-    --quest '{"token_budget": 192, "page_size": 8, "metadata_dtype": "int8"}'
+    --quest '$(LARGE_PAGES)'
 accuracy-quick: export OMP_WAIT_POLICY := PASSIVE
 accuracy-quick: export VLLM_CPU_OMP_THREADS_BIND := 0-$(shell nproc --ignore=1)
 accuracy-quick: install
 	$(BIN)/python -m benchmarks.accuracy $(QUICK_GRID) --samples 100 --tasks needle
 	$(BIN)/python -m benchmarks.accuracy $(QUICK_GRID) --samples 20 --tasks key_value,prose
 	$(BIN)/python -m benchmarks.accuracy.controls $(QUICK) --samples 100 --tasks needle \
-	    --quest '{"token_budget": 192}'
+	    --quest '$(LARGE_PAGES)'
 	$(BIN)/python -m benchmarks.accuracy report results/quick
 
 lint: install

@@ -1,6 +1,6 @@
 """Asks a real model about a long document, with vLLM's dense attention and with QUEST, side by side.
 
-    python -m benchmarks.demo [--json PATH] [--model PATH] [--token-budget N] [--page-size N] [--repeats N]
+    python -m benchmarks.demo [--json PATH] [--model PATH] [--token-budget N] [--quest JSON] [--repeats N]
 
 All figures are measured in this run. Ends with status 1 if QUEST's pass-key answer is not the dense one.
 """
@@ -24,7 +24,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from tqdm import tqdm
 
-from benchmarks.contenders import dense_defaults
+from benchmarks.contenders import dense_defaults, quest_entries
 from benchmarks.documents import string_methods
 from benchmarks.engine_run import Engine, EngineRun
 from benchmarks.machine import machine
@@ -51,7 +51,7 @@ def run_demo(model: str, arguments: argparse.Namespace) -> None:
     dense, quest, config = _run_both(model, prompts, arguments)
 
     verdicts = judge(document.questions, dense, quest)
-    rows = figures(dense, quest, config.page_size)
+    rows = figures(dense, quest, config)
     about = machine()
     context = max(dense.prompt_tokens)
     print(
@@ -104,7 +104,7 @@ def _run_both(
 
 def _config(arguments: argparse.Namespace, context: int) -> QuestConfig:
     """What the user asked for; the budget a quarter of `context` tokens unless named."""
-    config = QuestConfig(page_size=arguments.page_size, token_budget=64 * arguments.page_size)
+    config = QuestConfig.from_dict({"token_budget": None} | arguments.quest)
     quarter = context // 4 // config.page_size * config.page_size
     return replace(config, token_budget=quarter if arguments.token_budget is None else arguments.token_budget)
 
@@ -138,7 +138,7 @@ def _arguments() -> argparse.Namespace:
         "--model", type=Path, metavar="PATH", help="model folder; default: SmolLM2-135M-Instruct"
     )
     parser.add_argument("--token-budget", type=int, metavar="N", help="default: a quarter of the context")
-    parser.add_argument("--page-size", type=int, metavar="N", default=16, help="default: 16")
+    parser.add_argument("--quest", type=quest_entries, default={}, metavar="JSON", help="its other fields")
     parser.add_argument("--repeats", type=int, metavar="N", default=5, help="of each timing; default: 5")
     arguments = parser.parse_args()
     if arguments.repeats < 1:

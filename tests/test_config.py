@@ -14,22 +14,24 @@ from vllm_quest.config import QuestConfig, QuestConfigError
 def test_defaults_are_valid_and_frozen() -> None:
     config = QuestConfig.from_dict({})
     assert config == QuestConfig()
+    assert (config.token_budget, config.page_size, config.dense_layers) == (2048, 8, 0)
+    assert (config.metadata_dtype, config.sink_pages, config.group_reduce) == ("int8", 1, "max")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.page_size = 8  # type: ignore[misc]
+        config.page_size = 16  # type: ignore[misc]
 
 
 def test_every_field_can_be_set() -> None:
     entries = {
         "token_budget": 512,
-        "page_size": 8,
-        "dense_layers": 0,
+        "page_size": 32,
+        "dense_layers": 3,
         "sink_pages": 2,
         "recent_pages": 1,
         "group_reduce": "mean",
         "scorer": "minmax",
         "min_context": 4096,
         "kv_dtype": "int4",
-        "metadata_dtype": "int8",
+        "metadata_dtype": "bfloat16",
         "value_group_size": 64,
         "value_threshold": 6.5,
         "decode_tail": 0,
@@ -37,7 +39,7 @@ def test_every_field_can_be_set() -> None:
     assert dataclasses.asdict(QuestConfig.from_dict(entries)) == entries
     assert QuestConfig.from_dict({"decode_tail": 32}).decode_tail == 32
     assert set(entries) == {field.name for field in dataclasses.fields(QuestConfig)}
-    assert QuestConfig.from_dict(entries).budget_pages == 64
+    assert QuestConfig.from_dict(entries).budget_pages == 16
     assert QuestConfig.from_dict(entries).sparse_context == 4096
     assert QuestConfig.from_dict(entries | {"min_context": 512}).sparse_context == 513
 
@@ -73,9 +75,10 @@ def test_no_budget_means_everything() -> None:
         ({"metadata_dtype": "bfloat16"}, ["metadata_dtype", "'bfloat16'", "auto, int8 unless kv_dtype=int4"]),
         ({"value_group_size": 48, "kv_dtype": "int4"}, ["value_group_size", "48", "None, 32, 64, 128"]),
         ({"value_group_size": 64}, ["value_group_size", "64", "kv_dtype=int4"]),
-        ({"token_budget": 1000}, ["token_budget", "1000", "multiple of 16"]),
-        ({"token_budget": 32}, ["token_budget", "32", "at least 48", "sink_pages=1", "recent_pages=2"]),
-        ({"token_budget": 64, "sink_pages": 4}, ["token_budget", "at least 96"]),
+        ({"token_budget": 1001}, ["token_budget", "1001", "multiple of 8"]),
+        ({"token_budget": 1000, "page_size": 16}, ["token_budget", "1000", "multiple of 16"]),
+        ({"token_budget": 16}, ["token_budget", "16", "at least 24", "sink_pages=1", "recent_pages=2"]),
+        ({"token_budget": 32, "sink_pages": 4}, ["token_budget", "at least 48"]),
         ({"dense_layers": -1}, ["dense_layers", "-1", "at least 0"]),
         ({"dense_layers": False}, ["dense_layers", "False"]),
         ({"sink_pages": -2}, ["sink_pages", "-2"]),

@@ -48,7 +48,8 @@ class QuestConfig:
             at least the pages that are always kept. None: all of them, that is dense attention.
         page_size: Tokens per page, the unit that is scored and selected. 8, 16, 32 or 64; divides vLLM's
             ``block_size`` (what vLLM allocates).
-        dense_layers: The first N layers of the model read everything (QUEST section 4.1 uses 2).
+        dense_layers: The first N layers of the model read everything (QUEST section 4.1 uses 2; why 0 is the
+            default: docs/design.md).
         sink_pages: First pages of a context that every step reads.
         recent_pages: Last pages of a context that every step reads, the one being filled included.
         group_reduce: How the scores of the query heads that share a KV head become one: ``max``, ``mean``, or
@@ -56,8 +57,8 @@ class QuestConfig:
         scorer: How a page is scored. ``minmax`` is the upper bound of QUEST, equation 2.
         min_context: Contexts shorter than this many tokens are decoded densely.
         kv_dtype: How K and V are stored: ``auto`` (the model's dtype) or ``int4`` (docs/int4.md).
-        metadata_dtype: How page bounds are stored: ``auto`` (the model's dtype; ``int8`` where `kv_dtype` is
-            ``int4``), ``int8``, or, with ``int4`` only, ``bfloat16``; rounded outward.
+        metadata_dtype: How page bounds are stored: ``int8``, ``auto`` (the model's dtype; ``int8`` where
+            `kv_dtype` is ``int4``), or, with ``int4`` only, ``bfloat16``; rounded outward.
         value_group_size: Channels of V that share a zero point and a scale, with ``int4``: 32, 64 or 128;
             None for one group per head.
         value_threshold: t: V rows are not read where no query head of the group has e^-t of its largest
@@ -69,15 +70,15 @@ class QuestConfig:
     """
 
     token_budget: int | None = 2048
-    page_size: int = 16
-    dense_layers: int = 2
+    page_size: int = 8
+    dense_layers: int = 0
     sink_pages: int = 1
     recent_pages: int = 2
     group_reduce: str = "max"
     scorer: str = "minmax"
     min_context: int = 0
     kv_dtype: str = "auto"
-    metadata_dtype: str = "auto"
+    metadata_dtype: str = "int8"
     value_group_size: int | None = None
     value_threshold: float | None = None
     decode_tail: int = 0

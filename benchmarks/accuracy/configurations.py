@@ -21,23 +21,23 @@ def standard(context: int) -> Configurations:
     budgets = [_part(context, share) for share in (16, 8, 2)]
     factors: dict[str, list[Any]] = {
         "token_budget": budgets,
-        "page_size": [8, 32, 64],
+        "page_size": [16, 32, 64],
         "group_reduce": ["mean", "softmax_mean"],
-        "dense_layers": [0],
+        "dense_layers": [2],
         "sink_pages": [0, 4],
         "recent_pages": [1, 8],
-        "metadata_dtype": ["int8"],
+        "metadata_dtype": ["auto"],
         "kv_dtype": ["int4"],
     }
     tight = replace(base, token_budget=_part(context, 8))
     combined = [
-        *(replace(tight, page_size=size) for size in (8, 32, 64)),
-        replace(tight, dense_layers=0),
-        replace(base, page_size=8, metadata_dtype="int8"),
-        replace(tight, page_size=8, metadata_dtype="int8"),
+        *(replace(tight, page_size=size) for size in (16, 32, 64)),
+        replace(tight, dense_layers=2),
+        replace(base, page_size=16, metadata_dtype="auto"),
+        replace(tight, page_size=16, metadata_dtype="auto"),
         replace(base, kv_dtype="int4", token_budget=None),
-        replace(base, kv_dtype="int4", token_budget=None, page_size=8),
-        replace(base, kv_dtype="int4", page_size=8),
+        replace(base, kv_dtype="int4", token_budget=None, page_size=16),
+        replace(base, kv_dtype="int4", page_size=16),
     ]
     return one_at_a_time(base, factors) | {name_of(config): config for config in combined}
 
@@ -64,7 +64,7 @@ def from_entries(entries: Mapping[str, Any]) -> Configurations:
 
 
 def name_of(config: QuestConfig) -> str:
-    """The budget, and whatever is not QUEST's default: ``token_budget=1024 page_size=8``."""
+    """The budget, and whatever is not QUEST's default: ``token_budget=1024 page_size=16``."""
     default = asdict(QuestConfig())
     fields = {
         field: value

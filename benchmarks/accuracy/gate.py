@@ -36,11 +36,11 @@ FLEXGEN = "FlexGen: 4 bits per token and head"
 LEAD_TOKENS, ANSWER_TOKENS = 24, 64  # of one passage of code
 PASSAGES = 6  # per context
 DEFAULT: list[dict[str, Any]] = [
-    {"token_budget": None, "kv_dtype": "int4"},
-    {"token_budget": None, "kv_dtype": "int4", "metadata_dtype": "bfloat16"},
+    {"token_budget": None, "kv_dtype": "int4", "page_size": 16},
+    {"token_budget": None, "kv_dtype": "int4", "page_size": 16, "metadata_dtype": "bfloat16"},
     {"token_budget": None, "kv_dtype": "int4", "page_size": 8},
     {"token_budget": None, "kv_dtype": "int4", "page_size": 8, "metadata_dtype": "bfloat16"},
-    {"token_budget": None, "kv_dtype": "int4", "value_group_size": 32},
+    {"token_budget": None, "kv_dtype": "int4", "page_size": 16, "value_group_size": 32},
 ]
 # By kind: the answers of every sample, position by position.
 Answers = dict[str, list[list[Position]]]

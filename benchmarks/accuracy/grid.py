@@ -63,7 +63,13 @@ class Grid:
         self.references = References(self.out / "references" / name)
 
     def run(self) -> None:
-        """Measures what is missing."""
+        """Measures what is missing.
+
+        Raises:
+            ValueError: A configuration has the name of another one in the results: names leave out defaults,
+                and those have changed since.
+        """
+        self._refuse_other_configurations()
         engines: list[dict[str, QuestConfig | None]] = [{DENSE: None}]
         engines += [dict(group) for group in by_cache(self.configurations)]
         missing = [{name: self._missing(name) for name in engine} for engine in engines]
@@ -73,6 +79,15 @@ class Grid:
                     self._run_engine(
                         {name: config for name, config in engine.items() if keys[name]}, keys, bar
                     )
+
+    def _refuse_other_configurations(self) -> None:
+        for name, config in self.configurations.items():
+            header = self.results.headers.get(name)
+            if header is not None and header.quest != asdict(config):
+                raise ValueError(
+                    f"{self.results.path}: {name!r} was measured as {header.quest}, now it means "
+                    f"{asdict(config)}; allowed: another --out, or entries that name every field"
+                )
 
     def _missing(self, configuration: str) -> list[Key]:
         """Samples without a score; of dense also those whose reference is not there."""

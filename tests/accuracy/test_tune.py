@@ -31,9 +31,9 @@ def test_bisection_finds_the_smallest_budget(enough) -> None:
         tried.append(config)
         return config.token_budget >= enough
 
-    tune.smallest_passing(QuestConfig(dense_layers=0), CONTEXT, try_one)
+    tune.smallest_passing(QuestConfig(dense_layers=2), CONTEXT, try_one)
     assert len(tried) <= 3
-    assert all(config.dense_layers == 0 for config in tried)
+    assert all(config.dense_layers == 2 for config in tried)
     passing = [config.token_budget for config in tried if config.token_budget >= enough]
     assert (min(passing) == enough) if enough <= 2048 else not passing
 

@@ -12,7 +12,14 @@ from tests.kernels import interpreter  # noqa: F401  must come before what impor
 from vllm_quest.backend.cpu import QuestCPUBackend
 from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
 
-QUEST = {"token_budget": 48, "page_size": 8, "dense_layers": 1, "sink_pages": 1, "recent_pages": 2}
+QUEST = {
+    "token_budget": 48,
+    "page_size": 8,
+    "dense_layers": 1,
+    "sink_pages": 1,
+    "recent_pages": 2,
+    "metadata_dtype": "auto",
+}
 
 
 class Builder(QuestGPUMetadataBuilder, DenseBuilder):

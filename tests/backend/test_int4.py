@@ -123,7 +123,7 @@ def test_the_start_up_line_names_the_bounds(monkeypatch) -> None:
 
 def test_what_a_sparse_row_reads() -> None:
     """Codes and parameters of the selected tokens, all bounds and the selected ones again, two residuals."""
-    config = QuestConfig.from_dict({"token_budget": 64, "kv_dtype": "int4"})
+    config = QuestConfig.from_dict({"token_budget": 64, "page_size": 16, "kv_dtype": "int4"})
     layout = PageLayout(128, 16, 128, True, torch.float32, "int4", "int8")
     counts: Counter[str] = Counter()
     counters = SimpleNamespace(add=lambda name, count: counts.update({name: count}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,7 +78,7 @@ def test_each_speculated_token_is_a_row_of_its_own() -> None:
 
 
 def test_min_context() -> None:
-    config = QuestConfig(token_budget=64, min_context=100)
+    config = replace(CONFIG, min_context=100)
     rows = split_rows(batch([(1, 99, False), (1, 100, False)]), config, BLOCK, 1)
     assert rows.sparse is not None
     assert rows.sparse.tokens.tolist() == [1]
@@ -98,7 +100,7 @@ def test_padding_and_non_causal_batches_have_no_sparse_rows() -> None:
 )
 def test_every_token_is_attended_exactly_once(requests, decode_tail) -> None:
     whole = batch(requests)
-    rows = split_rows(whole, QuestConfig(token_budget=64, decode_tail=decode_tail), BLOCK, 3)
+    rows = split_rows(whole, replace(CONFIG, decode_tail=decode_tail), BLOCK, 3)
     starts = whole.query_start_loc_cpu.long()
     dense = token_indices(starts[:-1], starts.diff() - rows.sparse_lens).tolist()
     sparse = rows.sparse.tokens.tolist() if rows.sparse else []
@@ -115,7 +117,7 @@ def test_token_indices(lens) -> None:
 
 def test_the_tail_of_a_prompt_decodes() -> None:
     """A long chunk, one that is shorter than the tail, a decoding request, a short context."""
-    config = QuestConfig(token_budget=64, decode_tail=5)
+    config = replace(CONFIG, decode_tail=5)
     rows = split_rows(
         batch([(40, 100, True), (3, 90, True), (1, 80, False), (50, 50, True)]), config, BLOCK, 1
     )
@@ -128,7 +130,7 @@ def test_the_tail_of_a_prompt_decodes() -> None:
 
 @pytest.mark.parametrize(("min_context", "first"), [(0, 65), (68, 68)])
 def test_each_token_of_a_tail_has_a_context_of_its_own(min_context, first) -> None:
-    config = QuestConfig(token_budget=64, decode_tail=20, min_context=min_context)
+    config = replace(CONFIG, decode_tail=20, min_context=min_context)
     rows = split_rows(batch([(70, 70, True)]), config, BLOCK, 1)
     assert rows.sparse is not None
     assert rows.sparse.seq_lens.tolist() == list(range(first, 71))

@@ -25,13 +25,13 @@ def test_standard_configurations_differ_and_have_names_of_their_own(context) -> 
 
 
 def test_one_at_a_time_and_crossed() -> None:
-    factors = {"page_size": [8, 32], "dense_layers": [0, 1]}
+    factors = {"page_size": [16, 32], "dense_layers": [2, 1]}
     alone = configurations.one_at_a_time(BASE, factors)
     assert list(alone) == [
         "token_budget=512",
-        "token_budget=512 page_size=8",
+        "token_budget=512 page_size=16",
         "token_budget=512 page_size=32",
-        "token_budget=512 dense_layers=0",
+        "token_budget=512 dense_layers=2",
         "token_budget=512 dense_layers=1",
     ]
     crossed = configurations.crossed(BASE, factors)
@@ -86,6 +86,18 @@ def test_results_go_on_after_a_line_that_was_cut_off(tmp_path) -> None:
     again.append(score(1))
     assert [results.path for results in Results.in_folder(tmp_path)] == [path]
     assert Results(path).scores == [score(0), score(1)]
+
+
+def test_a_name_that_meant_something_else_is_refused(tmp_path) -> None:
+    """As where a default has changed since: its scores would be taken for those of the new configuration."""
+    grid = Grid("model", 4096, {}, {"a": BASE}, tmp_path, lambda *_: 0.0)
+    for config in (BASE, replace(BASE, page_size=16)):
+        header = Header("a", asdict(config), 1.5, 128, "model", 4096, 0.1, {}, {}, "command", "date")
+        grid.results.append(header)
+        if config == BASE:
+            grid.run()
+    with pytest.raises(ValueError, match=r"'a' was measured as .*'page_size': 16.*now it means"):
+        grid.run()
 
 
 def sample(context: int) -> Sample:

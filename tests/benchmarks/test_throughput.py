@@ -23,8 +23,8 @@ def test_dense_contenders_by_vllms_names() -> None:
 
 
 def test_a_quest_contender_is_named_by_what_is_not_default() -> None:
-    contender = quest({"page_size": 8, "dense_layers": 2}, 1024)
-    assert contender.name == "QUEST 1024 page_size=8"
+    contender = quest({"page_size": 16, "dense_layers": 0}, 1024)
+    assert contender.name == "QUEST 1024 page_size=16"
     assert contender.engine_args["attention_backend"] == "QUEST"
     assert contender.engine_args["additional_config"]["quest"]["token_budget"] == 1024
 
@@ -61,7 +61,7 @@ def test_every_geometry_is_one_that_transformers_reads(tmp_path, name) -> None:
 @pytest.mark.parametrize(
     ("entries", "kv", "bounds"),
     [
-        ({}, 2 * 2048 * 128 * 2, 2 * 2048 * 128 * 2),
+        ({"metadata_dtype": "auto"}, 2 * 2048 * 128 * 2, 2 * 2048 * 128 * 2),
         ({"metadata_dtype": "int8"}, 2 * 2048 * 128 * 2, 2048 * (2 * 128 + 8)),
         ({"kv_dtype": "int4"}, 2048 * (128 + 4), 2048 * (2 * 128 + 8)),
         ({"kv_dtype": "int4", "metadata_dtype": "bfloat16"}, 2048 * (128 + 4), 2 * 2048 * 128 * 2),
@@ -70,7 +70,7 @@ def test_every_geometry_is_one_that_transformers_reads(tmp_path, name) -> None:
 )
 def test_limits_count_what_pages_hold(entries, kv, bounds) -> None:
     """32k tokens, one KV head of 128 channels: 2,048 pages' bounds, 2,048 tokens of K and V."""
-    config = QuestConfig.from_dict(entries)
+    config = QuestConfig.from_dict({"page_size": 16} | entries)
     step = Step(Geometry(4, 1, 128), 1, 32768, **quest_bytes(config, 128))
     assert step.quest()["kv"] == kv
     assert step.quest()["bounds"] == bounds

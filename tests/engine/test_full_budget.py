@@ -59,7 +59,7 @@ def test_page_size_and_block_size_are_independent(engine, prose) -> None:
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     prompts = [prose[:200], prose[500:1500]]
     expected = generate_all(engine(), prompts, params)
-    for page_size, block_size in [(8, 32), (64, 64), (32, 96)]:
+    for page_size, block_size in [(8, 32), (16, 32), (64, 64), (32, 96)]:
         llm = engine(COVERS_ALL | {"page_size": page_size}, block_size=block_size)
         assert generate_all(llm, prompts, params) == expected
 

@@ -21,7 +21,7 @@ from vllm_quest.config import QuestConfig
 pytestmark = pytest.mark.engine
 
 SMALL = {"kv_cache_memory_bytes": 1 << 28, "distributed_executor_backend": "uni"}
-BASE = QuestConfig(token_budget=128, dense_layers=0)
+BASE = QuestConfig(token_budget=128)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,9 @@ def test_dense_decode_agrees_with_prefill(dense, cases) -> None:
     [
         pytest.param(BASE, 3, id="base"),
         pytest.param(
-            QuestConfig(token_budget=128, group_reduce="mean", sink_pages=2, recent_pages=1), 2, id="mean"
+            QuestConfig(token_budget=128, dense_layers=2, group_reduce="mean", sink_pages=2, recent_pages=1),
+            2,
+            id="mean",
         ),
         pytest.param(QuestConfig(token_budget=128, dense_layers=1, min_context=490), 2, id="min_context"),
     ],
@@ -159,7 +161,7 @@ def test_on_a_gpu_dense_attention_steps_too(dense, monkeypatch) -> None:
 def test_an_order_of_measurements_changes_nothing(quest, cases) -> None:
     """The prefix cache hands no configuration what another one computed."""
     first = logprobs(quest_with(quest, BASE).score(cases))
-    quest_with(quest, QuestConfig(token_budget=64, sink_pages=0, dense_layers=0)).score(cases)
+    quest_with(quest, QuestConfig(token_budget=64, sink_pages=0)).score(cases)
     np.testing.assert_allclose(logprobs(quest_with(quest, BASE).score(cases)), first, atol=1e-4)
 
 
@@ -181,7 +183,7 @@ def test_another_page_size_needs_another_engine(quest) -> None:
     with pytest.raises(Exception, match="page_size"):
         quest.configure(QuestConfig(page_size=32))
     assert quest.config is not None
-    assert quest.config.page_size == 16
+    assert quest.config.page_size == BASE.page_size
 
 
 def test_decode_tail_needs_whole_prompts(model) -> None:

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.engine
 
 BLOCK_SIZE = 128
 
-DENSE = {"kv_dtype": "int4", "token_budget": None}
-SPARSE = {"kv_dtype": "int4", "token_budget": 512}
+DENSE = {"kv_dtype": "int4", "token_budget": None, "page_size": 16}
+SPARSE = {"kv_dtype": "int4", "token_budget": 512, "page_size": 16, "dense_layers": 2}
 
 
 def test_more_tokens_fit(engine) -> None:

@@ -20,7 +20,7 @@ def test_engine_reads_the_pages_that_its_keys_ask_for(engine, prose, page_size) 
 
     Blocks are reused (few of them, several requests before), prompts are chunked and a prefix is cached.
     """
-    quest = {"token_budget": 256, "page_size": page_size, "dense_layers": 0}
+    quest = {"token_budget": 256, "page_size": page_size, "metadata_dtype": "auto"}
     llm = engine(quest, max_num_batched_tokens=200, num_gpu_blocks_override=12, max_model_len=1280)
     generate(llm, [prose[5000:5700], prose[6000:6400]])
     generate(llm, [prose[:600]])

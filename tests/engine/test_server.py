@@ -16,7 +16,7 @@ from benchmarks.server import Server, running_server
 pytestmark = pytest.mark.engine
 
 NAME = "smollm2"
-QUEST = {"token_budget": 256, "dense_layers": 0}
+QUEST = {"token_budget": 256}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_start_up_line_says_what_is_sparse(server, log_file) -> None:
     lines = [line for line in log_file.read_text().splitlines() if "QUEST: layers" in line]
     assert len(lines) == 1
     assert "layers 0-29 sparse; no layer dense" in lines[0]
-    assert "256 tokens = 16 pages of 16" in lines[0]
+    assert "256 tokens = 32 pages of 8" in lines[0]
 
 
 def test_long_context_is_decoded_sparsely_and_counted(server, client, prose) -> None:
@@ -58,7 +58,7 @@ def test_long_context_is_decoded_sparsely_and_counted(server, client, prose) -> 
     answer = client.completions.create(model=NAME, prompt=prose[:900], max_tokens=9, temperature=0)
     assert answer.usage.completion_tokens == 9
     assert counter(server, 'decode_rows_total{mode="sparse"') - rows == 8 * 30
-    assert counter(server, "pages_read_total") - pages == 8 * 30 * 3 * 16
+    assert counter(server, "pages_read_total") - pages == 8 * 30 * 3 * 32
     assert server.metric("vllm:generation_tokens_total") >= 9
 
 

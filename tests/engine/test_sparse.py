@@ -6,7 +6,7 @@ import pytest
 from vllm import SamplingParams
 
 import vllm_quest
-from tests.engine.running import GREEDY, KV_HEADS, LAYERS, QUARTER, generate
+from tests.engine.running import DEFAULTS, GREEDY, KV_HEADS, LAYERS, QUARTER, generate
 from vllm_quest.backend import cpu as cpu_backend
 
 pytestmark = pytest.mark.engine
@@ -21,35 +21,43 @@ def passkey_prompt(llm, prose: list[int], key: str, depth: float, tokens: int = 
     return prose[:before] + needle + prose[before:room] + question
 
 
+@pytest.mark.parametrize("quest", [DEFAULTS, QUARTER])
 @pytest.mark.parametrize("depth", [0.1, 0.5, 0.8])
-def test_pass_key_at_a_quarter_of_the_context(engine, prose, depth) -> None:
-    llm = engine(QUARTER)
+def test_pass_key_at_a_quarter_of_the_context(engine, prose, quest, depth) -> None:
+    llm = engine(quest)
     prompt = passkey_prompt(llm, prose, "71432", depth)
     answer = llm.get_tokenizer().decode(generate(llm, [prompt])[0])
     assert answer.strip().startswith("71432")
     assert generate(llm, [prompt])[0][:6] == generate(engine(), [prompt])[0][:6]
 
 
-def test_counters_say_what_happened(engine, prose) -> None:
-    llm = engine(QUARTER)
+@pytest.mark.parametrize(
+    ("quest", "page_size", "bounds_bytes", "dense_layers"),
+    [
+        pytest.param(DEFAULTS, 8, 2 * 64 + 8, 0, id="8-bit bounds and their offset and scale"),
+        pytest.param(QUARTER, 16, 2 * 64 * 4, 2, id="float32 bounds"),
+    ],
+)
+def test_counters_say_what_happened(engine, prose, quest, page_size, bounds_bytes, dense_layers) -> None:
+    llm = engine(quest)
     before = vllm_quest.read_counters()
     generate(llm, [prose[7000:8000], prose[9000:9100]])  # not in the prefix cache
     after = vllm_quest.read_counters()
     delta = {key: after[key] - before[key] for key in after}
     steps = GREEDY.max_tokens - 1  # the first token comes from prefill
-    sparse_layers = LAYERS - QUARTER["dense_layers"]
+    sparse_layers = LAYERS - dense_layers
     assert delta["decode_rows_sparse"] == steps * sparse_layers
     assert delta["decode_rows_dense_context"] == steps * sparse_layers
-    assert delta["decode_rows_dense_layer"] == 2 * steps * QUARTER["dense_layers"]
+    assert delta["decode_rows_dense_layer"] == 2 * steps * dense_layers
     assert delta["prefill_tokens_dense"] == 1100 * LAYERS
-    assert delta["pages_read"] == steps * sparse_layers * KV_HEADS * 32
+    assert delta["pages_read"] == steps * sparse_layers * KV_HEADS * 512 // page_size
     lengths = [1001 + step for step in range(steps)]
-    pages = sum(-(-length // 16) for length in lengths)
+    pages = sum(-(-length // page_size) for length in lengths)
     assert delta["pages_scored"] == pages * sparse_layers * KV_HEADS
-    token_bytes = sparse_layers * KV_HEADS * 64 * 2 * 4
-    assert delta["bytes_dense"] == sum(lengths) * token_bytes
-    read = sum(32 * 16 - (-length) % 16 + -(-length // 16) for length in lengths)
-    assert delta["bytes_read"] == read * token_bytes
+    token_bytes = 64 * 2 * 4
+    assert delta["bytes_dense"] == sum(lengths) * token_bytes * sparse_layers * KV_HEADS
+    tokens = sum(512 - (-length) % page_size for length in lengths)
+    assert delta["bytes_read"] == (tokens * token_bytes + pages * bounds_bytes) * sparse_layers * KV_HEADS
 
 
 def test_decode_stays_sparse_in_mixed_batches(engine, prose) -> None:

@@ -32,7 +32,7 @@ from vllm_quest.config import QuestConfig
 __all__ = ["main"]
 
 CACHES: tuple[dict[str, Any], ...] = (
-    {"page_size": 16},
+    {"page_size": 16, "metadata_dtype": "auto"},
     {"page_size": 8, "metadata_dtype": "int8"},
     {"page_size": 16, "kv_dtype": "int4"},
     {"page_size": 16, "kv_dtype": "int4", "value_group_size": 32},
