@@ -44,6 +44,12 @@ def test_every_field_can_be_set() -> None:
     assert QuestConfig.from_dict(entries | {"min_context": 512}).sparse_context == 513
 
 
+def test_4_bit_pages_have_16_tokens_unless_told_otherwise() -> None:
+    assert QuestConfig.from_dict({}).page_size == 8
+    assert QuestConfig.from_dict({"kv_dtype": "int4"}).page_size == 16
+    assert QuestConfig.from_dict({"kv_dtype": "int4", "page_size": 32}).page_size == 32
+
+
 def test_vllms_cache_dtype_says_int4_as_kv_dtype_does() -> None:
     """Fields that stand with int4 only are then allowed, too."""
     entries = {"metadata_dtype": "bfloat16", "value_group_size": 64}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PAGE_SIZES = (8, 16, 32, 64)
+INT4_PAGE_SIZE = 16  # where the user names none
 GROUP_REDUCES = ("max", "mean", "softmax_mean")
 SCORERS = ("minmax",)
 KV_DTYPES = ("auto", "int4")
@@ -47,7 +48,7 @@ class QuestConfig:
         token_budget: Tokens that one decode step reads per KV head and layer. A multiple of `page_size`, and
             at least the pages that are always kept. None: all of them, that is dense attention.
         page_size: Tokens per page, the unit that is scored and selected. 8, 16, 32 or 64; divides vLLM's
-            ``block_size`` (what vLLM allocates).
+            ``block_size`` (what vLLM allocates). `from_dict` has a default of its own for ``int4``.
         dense_layers: The first N layers of the model read everything (QUEST section 4.1 uses 2; why 0 is the
             default: docs/design.md).
         sink_pages: First pages of a context that every step reads.
@@ -135,6 +136,9 @@ class QuestConfig:
 
         Raises:
             QuestConfigError: Not a mapping, an unknown key, or a value that is not allowed.
+
+        With 4-bit K and V pages have 16 tokens unless told otherwise: those of 8 take more than a third of
+        bfloat16's memory (docs/int4.md).
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(entries, dict):
@@ -144,6 +148,8 @@ class QuestConfig:
                 guess = difflib.get_close_matches(str(key), names, n=1)
                 hint = f" (did you mean {guess[0]!r}?)" if guess else ""
                 raise QuestConfigError("", f"unknown key {key!r}{hint}", ", ".join(names))
+        if entries.get("kv_dtype") == "int4":
+            entries = {"page_size": INT4_PAGE_SIZE} | entries
         return cls(**entries)
 
     @classmethod
