@@ -21,7 +21,7 @@ from vllm_quest.kernels.triton.launch import (
     dot_type,
     split_count,
 )
-from vllm_quest.kernels.triton.lookup import block_of, page_at
+from vllm_quest.kernels.triton.lookup import block_of, page_at, spread
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
@@ -31,14 +31,6 @@ __all__ = ["attend_pages"]
 
 LOG2E = 1.4426950408889634
 EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
-
-
-@triton.jit
-def _spread(first, stride: tl.constexpr, SPAN: tl.constexpr):
-    """Offsets of all tokens, ``[n * SPAN]``, from those of the first ones of spans, ``[n]``."""
-    offset = first[:, None] + (tl.arange(0, SPAN) * stride)[None, :]
-    offset = tl.reshape(offset, [first.shape[0] * SPAN])
-    return tl.multiple_of(offset, 8)  # 16 bytes, which the compiler does not see
 
 
 @triton.jit(do_not_specialize=["splits", "min_context"])
@@ -113,7 +105,8 @@ def _attend_kernel(
     in_block = page % PAGES_PER_BLOCK * PAGE_SIZE + slot % PAGE_SIZE
     page = page_at((slot + TILE) // PAGE_SIZE, listed, page_indices)
     for start in tl.range(first, end, TILE):
-        offset = _spread(block.to(tl.int64) * stride_block + in_block * TOKEN_STRIDE, TOKEN_STRIDE, SPAN)
+        offset = block.to(tl.int64) * stride_block + in_block * TOKEN_STRIDE
+        offset = spread(offset, TOKEN_STRIDE, SPAN, 8)  # 16 bytes
         offset = offset[:, None] + channel
         slot += TILE
         block = block_of(page, slot // PAGE_SIZE, last_place, block_table, PAGES_PER_BLOCK)

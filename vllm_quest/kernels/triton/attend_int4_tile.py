@@ -76,10 +76,8 @@ def _meet_keys(
         even, odd = split_words(low)
         even_max, odd_max = split_words(high)
         offset = tl.sum(q_even * even + q_odd * odd, 1)
-        even, odd = (
-            even_max * PART - even * PART,
-            odd_max * PART - odd * PART,
-        )  # differences might be infinite
+        # Scaled before they are subtracted: the differences might not be finite.
+        even, odd = even_max * PART - even * PART, odd_max * PART - odd * PART
         factor = power_of_two(tl.max(tl.maximum(even, odd), 1))
         even, odd = q_even * (even / factor[:, None]), q_odd * (odd / factor[:, None])
         return even.to(DOT), odd.to(DOT), factor, offset

@@ -1,4 +1,4 @@
-"""Device helpers that find what attention reads: the pages of a row's list, and the blocks they lie in.
+"""Device helpers that find what is read: pages of a row's list, their blocks, and offsets there.
 
 Blocks are looked up a tile ahead, pages another: K and V whose addresses are known are loaded several tiles
 ahead, and nothing waits for a look-up. (Where a value is carried over two iterations as it is, Triton does
@@ -8,7 +8,7 @@ not pipeline a loop.)
 import triton
 import triton.language as tl
 
-__all__ = ["block_of", "page_at"]
+__all__ = ["block_of", "page_at", "spread"]
 
 
 @triton.jit
@@ -21,3 +21,15 @@ def page_at(place, listed, page_indices):
 def block_of(page, place, end, block_table, PAGES_PER_BLOCK: tl.constexpr):
     """The blocks of the pages at these places, which end at `end`."""
     return tl.load(block_table + page // PAGES_PER_BLOCK, mask=place < end, other=0)
+
+
+@triton.jit
+def spread(first, size, SPAN: tl.constexpr, MULTIPLE: tl.constexpr):
+    """Offsets of everything, ``[n * SPAN]``, from those of the first ones of spans, ``[n]``, `size` apart.
+
+    All are multiples of MULTIPLE, which the compiler does not see behind a reshape.
+    """
+    if SPAN == 1:
+        return first
+    offset = tl.reshape(first[:, None] + (tl.arange(0, SPAN) * size)[None, :], [first.shape[0] * SPAN])
+    return tl.multiple_of(offset, MULTIPLE)

@@ -23,6 +23,7 @@ from vllm_quest.kernels.triton.launch import (
     split_count,
     takes_ptx,
 )
+from vllm_quest.kernels.triton.lookup import spread
 from vllm_quest.kernels.triton.softmax_mean import softmax_mean
 from vllm_quest.kernels.triton.split import arrive_last, split_range
 from vllm_quest.kernels.triton.words import LOW_UNIT, bytes_of
@@ -54,18 +55,6 @@ def _load_signed_query(
 
 
 @triton.jit
-def _spread(first, size, SPAN: tl.constexpr, MULTIPLE: tl.constexpr):
-    """Offsets of all pages, [m * SPAN], from those of the first pages of spans, [m].
-
-    All are multiples of MULTIPLE, which the compiler does not see behind a reshape.
-    """
-    if SPAN == 1:
-        return first
-    spread = tl.reshape(first[:, None] + (tl.arange(0, SPAN) * size)[None, :], [first.shape[0] * SPAN])
-    return tl.multiple_of(spread, MULTIPLE)
-
-
-@triton.jit
 def _load_params(
     bound_params,
     block,
@@ -80,7 +69,7 @@ def _load_params(
     """Offsets and scales of the tile's pages from `start` on, 0 from `end` on."""
     known = start + tl.arange(0, TILE) < end
     params = block.to(tl.int64) * stride_params + spans % PAGES_PER_BLOCK * 2
-    params = bound_params + _spread(params, 2, SPAN, 2)
+    params = bound_params + spread(params, 2, SPAN, 2)
     return tl.load(params, mask=known, other=0.0), tl.load(params + 1, mask=known, other=0.0)
 
 
@@ -161,7 +150,7 @@ def _score_kernel(
     for start in tl.range(first, end, TILE):
         page = start + tl.arange(0, TILE)
         known = page < end
-        offset = _spread(place * UNIT, WORDS, SPAN, UNIT)
+        offset = spread(place * UNIT, WORDS, SPAN, UNIT)
         place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * (WORDS // UNIT)
         if bound_params is not None:
             this_shift, this_step = shift[:, None], step[:, None]
