@@ -182,7 +182,7 @@ def cases() -> list[Case]:
         for name, threshold in (("", None), (", threshold", 6.5)):
             call = partial(launch_attend, head_size, page_size, group, threshold)
             found.append(Case("attend", f"{geometry}, group {group}{name}", call))
-    for max_pages in (512, 2048, 65536):
+    for max_pages in (512, 2048, 4112, 65536):
         found.append(Case("select", f"{max_pages} pages", partial(launch_select, max_pages)))
     return found + int4_cases()
 
