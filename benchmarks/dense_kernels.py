@@ -84,11 +84,11 @@ def triton_attn(rows: Rows) -> Attend:
 def flashinfer(rows: Rows) -> Attend:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    batch, blocks = rows.block_table.shape
-    block_size = -(-rows.context // blocks)
+    batch, block_size = len(rows.query), rows.block_size
+    blocks = -(-rows.context // block_size)
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * blocks
     last = torch.full((batch,), (rows.context - 1) % block_size + 1, dtype=torch.int32, device="cuda")
-    indices = rows.block_table.flatten()
+    indices = rows.block_table[:, :blocks].flatten()
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
         torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device="cuda"),
         "NHD",

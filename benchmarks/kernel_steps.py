@@ -28,7 +28,8 @@ class Rows:
         blocks = math.ceil(context / block_size)
         self.num_blocks = batch * blocks
         table = torch.randperm(self.num_blocks, device=device).int().view(batch, blocks)
-        self.block_table, self.context = table, context
+        # An engine's table has room for more than a row's context.
+        self.block_table, self.context = torch.nn.functional.pad(table, (0, 1)), context
         self.seq_lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         last = (context - 1) % block_size
         self.slot_mapping = table[:, -1].long() * block_size + last

@@ -1,9 +1,11 @@
 """The quality gate of the 4-bit cache: what configurations lose against dense attention, token by token.
 
-    python -m benchmarks.accuracy gate [--model MODEL] [--quest JSON ...] [--flexgen] [--json PATH]
+    python -m benchmarks.accuracy gate [--model MODEL] [--quest JSON ...] [--flexgen]
+        [--kv-cache-dtype int4_per_token_head ...] [--json PATH]
 
 Code and prose lose at most 0.01 nat per decoded token, key-value recall at most 2 points of its digits; each
 with a 95 % interval over samples, paired with dense. Ends with status 1 if a configuration's estimate fails.
+Formats that others have can stand beside: FlexGen's, and those of vLLM.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -21,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.accuracy.configurations import Configurations, by_cache, from_entries
+from benchmarks.accuracy.grid import DENSE
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.statistics import Interval, bootstrap
 from benchmarks.machine import machine
@@ -44,6 +47,19 @@ DEFAULT: list[dict[str, Any]] = [
 ]
 # By kind: the answers of every sample, position by position.
 Answers = dict[str, list[list[Position]]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine of vLLM.
+
+    Attributes:
+        configurations: By name, of the same cache, what decodes in turn; None for vLLM's own attention.
+        arguments: More of vLLM's.
+    """
+
+    configurations: dict[str, QuestConfig | None]
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,10 +90,10 @@ def main(arguments: list[str]) -> None:
     configurations: Configurations = {}
     for entries in options.quest or DEFAULT:
         configurations |= from_entries(entries)
-    engines = by_cache(configurations)
+    engines = [Engine(dict(group)) for group in by_cache(configurations)]
     if options.flexgen:
-        engines.append({FLEXGEN: QuestConfig(token_budget=None)})
-        configurations |= engines[-1]
+        engines.append(Engine({FLEXGEN: QuestConfig(token_budget=None)}))
+    engines += [Engine({dtype: None}, {"kv_cache_dtype": dtype}) for dtype in options.kv_cache_dtype]
     model = options.model or str(prepare_model())
     losses: dict[str, dict[str, Loss]] = {}
     samples = _samples(model, options.context, options.text_tokens, options.queries)
@@ -87,21 +103,26 @@ def main(arguments: list[str]) -> None:
             print(f"{name}: {_line(kind, loss)}", flush=True)
         if options.json:
             options.json.write_text(
-                json.dumps(_as_json(model, options.context, configurations, losses), indent=1) + "\n"
+                json.dumps(_as_json(model, options.context, engines, losses), indent=1) + "\n"
             )
     if not all(loss.passes for kinds in losses.values() for loss in kinds.values()):
         sys.exit("the gate is not passed")
 
 
 def _as_json(
-    model: str, context: int, configurations: Configurations, losses: dict[str, dict[str, Loss]]
+    model: str, context: int, engines: list[Engine], losses: dict[str, dict[str, Loss]]
 ) -> dict[str, Any]:
     """What is measured so far."""
+    configurations = {
+        name: engine.arguments if config is None else asdict(config)
+        for engine in engines
+        for name, config in engine.configurations.items()
+    }
     return {
         "machine": machine(),
         "model": Path(model).name,
         "context": context,
-        "configurations": {name: asdict(configurations[name]) for name in losses},
+        "configurations": {name: configurations[name] for name in losses},
         "losses": {
             name: {kind: asdict(one) for kind, one in kinds.items()} for name, kinds in losses.items()
         },
@@ -109,37 +130,39 @@ def _as_json(
 
 
 def _measure(
-    model: str, groups: list[Configurations], samples: dict[str, list[Sample]], engine_args: dict[str, Any]
+    model: str, engines: list[Engine], samples: dict[str, list[Sample]], engine_args: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Loss]]]:
-    """Losses by kind, a configuration at a time; dense is measured first, each group in its own engine."""
-    engines: list[dict[str, QuestConfig | None]] = [{"dense": None}]
-    engines += [dict(group) for group in groups]
+    """Losses by kind, a configuration at a time; dense is measured first."""
+    engines = [Engine({DENSE: None}), *engines]
     longest = max(
         len(one.context) + len(one.question) + len(one.answer) + 1
         for group in samples.values()
         for one in group
     )
     answers: dict[str, Answers] = {}
-    with tqdm(total=sum(map(len, engines)) * sum(map(len, samples.values())), unit="sample") as bar:
+    configurations = sum(len(engine.configurations) for engine in engines)
+    with tqdm(total=configurations * sum(map(len, samples.values())), unit="sample") as bar:
         for engine in engines:
             instrument = Instrument(
-                next(iter(engine.values())),
+                next(iter(engine.configurations.values())),
                 longest,
                 model=model,
-                **{"worker_extension_cls": "benchmarks.accuracy.flexgen.FlexGenWorker"} | engine_args,
+                **{"worker_extension_cls": "benchmarks.accuracy.flexgen.FlexGenWorker"}
+                | engine_args
+                | engine.arguments,
             )
             try:
-                if FLEXGEN in engine:
+                if FLEXGEN in engine.configurations:
                     instrument.llm.collective_rpc("store_like_flexgen")
-                for name, config in engine.items():
+                for name, config in engine.configurations.items():
                     bar.set_description(name)
                     if config is not None:
                         instrument.configure(config)
                     answers[name] = {
                         kind: _answers(instrument, group, bar) for kind, group in samples.items()
                     }
-                    if config is not None:
-                        dense, own = answers["dense"], answers[name]
+                    if name != DENSE:
+                        dense, own = answers[DENSE], answers[name]
                         yield name, {kind: _loss(kind, dense[kind], own[kind]) for kind in own}
             finally:
                 instrument.close()
@@ -248,6 +271,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help="a configuration; repeatable; default: dense attention over 4-bit caches",
     )
     parser.add_argument("--flexgen", action="store_true", help="its format too: K and V per token and head")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        action="append",
+        default=[],
+        metavar="DTYPE",
+        help="vLLM's own cache, read densely, too: on GPUs int4_per_token_head; repeatable",
+    )
     parser.add_argument(
         "--text-tokens", type=int, default=1024, help="decoded per kind; default: %(default)s"
     )

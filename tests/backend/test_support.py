@@ -75,3 +75,10 @@ def test_reasons(backend, changes, word) -> None:
     }
     reasons = backend.validate_configuration(**(layer | changes))
     assert reasons == [] if word is None else word in "; ".join(reasons)
+
+
+@pytest.mark.parametrize("backend", [QuestCUDABackend, QuestROCmBackend])
+@pytest.mark.parametrize(("default", "preferred"), [(16, 128), (256, 256)])
+def test_blocks_are_long_unless_the_user_names_their_size(backend, default, preferred) -> None:
+    assert backend.get_preferred_block_size(default) == preferred
+    assert backend.supports_block_size(preferred)

@@ -142,6 +142,7 @@ _GPU = (
             "@classmethod supports_head_size(cls, head_size)",
             "@staticmethod get_supported_kernel_block_sizes(kv_cache_spec=None)",
             "@classmethod supported_kv_cache_layouts(cls)",
+            "@classmethod get_preferred_block_size(cls, default_block_size)",
         ),
     ),
     On(

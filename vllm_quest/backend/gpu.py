@@ -38,6 +38,9 @@ from vllm_quest.kernels.triton import Workspace
 from vllm_quest.layout import PageLayout, PageViews
 from vllm_quest.metrics import CounterFile
 
+# What a block takes beside its pages, residuals above all, weighs less the longer it is: 4-bit blocks of 16
+# tokens take 0.54 of bfloat16 where those of 128 take 0.32, and bounds that lie together are read faster.
+PREFERRED_BLOCK_SIZE = 128
 # Entries by which vLLM may round up the width of a block table: 128 tokens of the smallest block.
 MAX_BLOCK_PADDING = 8
 
@@ -52,6 +55,11 @@ class QuestGPUBackend(QuestBackend):
     def supports_head_size(cls, head_size: int) -> bool:
         """Up to 256 channels, in steps that keep every vector aligned to 16 bytes."""
         return 16 <= head_size <= 256 and head_size % 16 == 0
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens per block where the user names none."""
+        return max(PREFERRED_BLOCK_SIZE, super().get_preferred_block_size(default_block_size))  # type: ignore[misc]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
