@@ -60,29 +60,24 @@ def test_any_selection(kind, seed, num_pages, sink, recent, more) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("budget", [3, 128, 20000])
+@pytest.mark.parametrize("budget", [3, 128, 700, 5000])
 def test_chunks_agree_on_one_selection(kind, budget) -> None:
-    """36000 pages are three chunks; 16384 and 16385 lie around the length from which there are two."""
-    assert_selects(scores_of(kind, (4, 1, 36000)), [36000, 16385, 16384, 32767], budget)
+    """9000 pages are five chunks; 2048 and 2049 lie around the length from which there are two.
+
+    The candidates fit into a chunk, into two, or into neither.
+    """
+    assert_selects(scores_of(kind, (4, 1, 9000)), [9000, 2049, 2048, 4095], budget)
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties"])
-@pytest.mark.parametrize("budget", [128, 1500])
-def test_short_rows_of_a_long_table(kind, budget) -> None:
-    """A row is searched in the smallest tile that holds it, whatever the table's width."""
-    lengths = [0, 1, 127, 1000, 1024, 1025, 2048, 2049, 4101, 8192, 8193, 16000]
-    assert_selects(scores_of(kind, (len(lengths), 2, 16000)), lengths, budget)
-
-
-@pytest.mark.parametrize(("kind", "budget"), [("normal", 256), ("ties", 3000)])
+@pytest.mark.parametrize(("kind", "budget"), [("normal", 256), ("ties", 1024)])
 def test_a_million_tokens(kind, budget) -> None:
-    """131,072 pages; with 3000 pages of each of the 8 chunks the candidates outnumber a chunk."""
+    """131,072 pages; with 1024 pages of each of the 64 chunks the candidates outnumber a chunk."""
     assert_selects(scores_of(kind, (1, 1, 131072)), [131071], budget)
 
 
 def test_first_and_last_pages_win_against_infinity() -> None:
-    scores = torch.full((1, 1, 36000), torch.inf)
-    for pages in (63, 9000, 36000):
+    scores = torch.full((1, 1, 9000), torch.inf)
+    for pages in (63, 9000):
         num_pages = torch.tensor([pages], dtype=torch.int32)
         selected = triton.select_pages(*on_device(scores, num_pages, 5, 1, 2)).cpu()
         assert selected.tolist() == [[[0, 1, 2, pages - 2, pages - 1]]]
@@ -98,10 +93,10 @@ def test_nan_scores_select_pages_of_the_context() -> None:
 
 
 def test_persistent_buffers_serve_one_step_after_another() -> None:
-    workspace = triton.Workspace.allocate(select_scratch(2, 36000, 100), 2, DEVICE)
+    workspace = triton.Workspace.allocate(select_scratch(2, 9000, 100), 2, DEVICE)
     out = torch.full((2, 1, 100), 7, dtype=torch.int32, device=DEVICE)
-    for seed, pages in enumerate([[36000, 5], [17000, 36000], [0, 120]]):
-        scores, num_pages = scores_of("normal", (2, 1, 36000), seed), torch.tensor(pages, dtype=torch.int32)
+    for seed, pages in enumerate([[9000, 5], [2100, 9000], [0, 120]]):
+        scores, num_pages = scores_of("normal", (2, 1, 9000), seed), torch.tensor(pages, dtype=torch.int32)
         arguments = (scores, num_pages, 100, 1, 2)
         assert triton.select_pages(*on_device(*arguments), out=out, workspace=workspace) is out
         assert torch.equal(out.cpu(), reference.select_pages(*arguments))

@@ -40,7 +40,7 @@ SPLIT_TOKENS = 128
 _MAX_SPLITS = {"score": 256, "attend": 32}
 
 GROUP_PAD = 16  # a tensor core takes at least this many query heads
-CHUNK = 16384  # pages that one program of the selection holds in registers, at most
+CHUNK = 2048  # pages that one program of the selection holds in registers
 
 # Read once, as `triton.jit` read it when it decorated our kernels.
 INTERPRETED = triton.knobs.runtime.interpret

@@ -2,9 +2,7 @@
 
 Scores become uint32 keys of the same order. The K-th best key is found by cutting an interval of keys in four
 and counting the keys above each cut, until exactly K keys lie above or only ties are left; then a prefix sum
-places the chosen pages. One program holds all keys of a row in registers, in the smallest tile that takes
-them: a launch is made for the longest context that the model allows, and most are shorter. Where a row has
-more pages than the largest tile, it is cut in chunks: each keeps its own K best, and the program that
+places the chosen pages. A long context is cut in chunks: each keeps its own K best, and the program that
 finishes last searches among those.
 """
 
@@ -19,7 +17,6 @@ from vllm_quest.kernels.triton.workspace import Workspace, select_scratch
 __all__ = ["select_pages"]
 
 KEYS_PER_THREAD = 16
-SMALLEST_TILE = 1024  # pages; smaller ones would not be faster
 
 # Keys of scores are 1 to _BEST; 0 is no page, _FORCED a page that is kept whatever the scores.
 _BEST = tl.constexpr(0xFFFFFFF0)
@@ -141,33 +138,6 @@ def _choose_from_chunks(out, keys, pages, count, forced, wanted, CHUNK: tl.const
 
 
 @triton.jit
-def _keep_best(
-    page_scores,
-    pages,
-    keys,
-    first,
-    end,
-    total,
-    max_pages,
-    budget_pages,
-    sink_pages,
-    recent_pages,
-    TILE: tl.constexpr,
-):
-    """Writes the best of the pages from `first` to before `end`, and their keys where `keys` is not None."""
-    page = first + tl.arange(0, TILE)
-    key = _ordered_keys(page_scores, page, max_pages, end, total, sink_pages, recent_pages)
-    wanted = tl.minimum(budget_pages, end - first)
-    forced = tl.maximum(tl.minimum(end, sink_pages) - first, 0)
-    forced += tl.maximum(end - tl.maximum(total - recent_pages, first), 0)
-    low, high, at_high = _search(key, end - first, forced, wanted)
-    chosen, place, _, _ = _choose(key, low, high, wanted - at_high, 0, 0)
-    tl.store(pages + place, page, mask=chosen)
-    if keys is not None:
-        tl.store(keys + place, key.to(tl.int32), mask=chosen)
-
-
-@triton.jit
 def _select_kernel(
     page_scores,
     num_pages,
@@ -183,7 +153,6 @@ def _select_kernel(
     stride_out_row,
     stride_out_head,
     CHUNK: tl.constexpr,
-    TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
     chunk = tl.program_id(0)
@@ -200,29 +169,32 @@ def _select_kernel(
     first = chunk * CHUNK
     if first >= total:
         return
+    end = tl.minimum(first + CHUNK, total)
+    page = first + tl.arange(0, CHUNK)
     page_scores += row * stride_scores_row + kv_head * stride_scores_head
+    key = _ordered_keys(page_scores, page, max_pages, end, total, sink_pages, recent_pages)
+
+    wanted = tl.minimum(budget_pages, end - first)
+    forced = tl.maximum(tl.minimum(end, sink_pages) - first, 0)
+    forced += tl.maximum(end - tl.maximum(total - recent_pages, first), 0)
+    low, high, at_high = _search(key, end - first, forced, wanted)
+    chosen, place, _, _ = _choose(key, low, high, wanted - at_high, 0, 0)
     if total <= CHUNK:
-        for halvings in tl.static_range(TILES):
-            smaller = halvings < TILES - 1 and total <= CHUNK >> halvings + 1
-            if total <= CHUNK >> halvings and not smaller:
-                _keep_best(
-                    page_scores, out, None, first, total, total, max_pages, budget_pages,
-                    sink_pages, recent_pages, CHUNK >> halvings,
-                )  # fmt: skip
+        tl.store(out + place, page, mask=chosen)
         return
     kept = tl.minimum(budget_pages, CHUNK)  # all chunks but the last have as many, so that none leaves a gap
     pair = row * tl.num_programs(1) + kv_head
     keys = scratch + pair * 2 * chunks * kept
     pages = keys + chunks * kept
-    _keep_best(
-        page_scores, pages + chunk * kept, keys + chunk * kept, first, tl.minimum(first + CHUNK, total),
-        total, max_pages, budget_pages, sink_pages, recent_pages, CHUNK,
-    )  # fmt: skip
+    tl.store(keys + chunk * kept + place, key.to(tl.int32), mask=chosen)
+    tl.store(pages + chunk * kept + place, page, mask=chosen)
     active = tl.cdiv(total, CHUNK)
     if arrive_last(arrivals + pair, active):
         count = (active - 1) * kept + tl.minimum(kept, total - (active - 1) * CHUNK)
         forced = sink_pages + recent_pages
-        if CANDIDATES <= CHUNK:
+        if count <= CHUNK:  # in most rows, whatever the longest context that the model allows
+            _choose_from_tile(out, keys, pages, count, forced, budget_pages, min(CANDIDATES, CHUNK))
+        elif CANDIDATES <= 2 * CHUNK:
             _choose_from_tile(out, keys, pages, count, forced, budget_pages, CANDIDATES)
         else:
             _choose_from_chunks(out, keys, pages, count, forced, budget_pages, CHUNK)
@@ -296,8 +268,7 @@ def select_pages(
         out.stride(0),
         out.stride(1),
         CHUNK=chunk,
-        TILES=max(1, (chunk // SMALLEST_TILE).bit_length()),
         CANDIDATES=triton.next_power_of_2(chunks * min(budget_pages, chunk)),
-        num_warps=max(1, min(16, chunk // (32 * KEYS_PER_THREAD))),
+        num_warps=max(1, min(8, chunk // (32 * KEYS_PER_THREAD))),
     )
     return out
