@@ -10,7 +10,8 @@ import vllm_quest
 from tests.backend.harness import DenseBuilder, DenseImpl, Engine
 from tests.kernels import interpreter  # noqa: F401  must come before what imports our Triton kernels
 from vllm_quest.backend.cpu import QuestCPUBackend
-from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
+from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl
+from vllm_quest.backend.gpu_metadata import QuestGPUMetadataBuilder
 
 QUEST = {
     "token_budget": 48,

@@ -54,6 +54,34 @@ _DENSE = (
 )
 
 _GPU = (
+    On(f"{_BACKEND}.AttentionLayer", "a type only"),
+    On(
+        f"{_BACKEND}.MultipleOf",
+        "block sizes of the dense kernels",
+        fields=("base",),
+        called=("MultipleOf(base)",),
+    ),
+    On(
+        f"{_SPEC}.KVCacheLayout",
+        "the tokens of one (block, KV head) are one contiguous run",
+        members=("LBHNC = (0, 1, 2, 3, 4)", "BLHNC = (1, 0, 2, 3, 4)"),
+    ),
+    On(
+        f"{_BACKEND}.AttentionBackend",
+        "what we answer",
+        attributes=("forward_includes_kv_cache_update", "supported_dtypes"),
+        declared=(
+            "@classmethod supports_head_size(cls, head_size)",
+            "@staticmethod get_supported_kernel_block_sizes(kv_cache_spec=None)",
+            "@classmethod supported_kv_cache_layouts(cls)",
+            "@classmethod get_preferred_block_size(cls, default_block_size)",
+        ),
+    ),
+    replace(_IMPL, name=f"{_FLASH}.FlashAttentionImpl"),
+    replace(_IMPL, name=f"{_TRITON}.TritonAttentionImpl"),
+)
+
+_GPU_METADATA = (
     On(
         "vllm.config.VllmConfig",
         "sizes of buffers",
@@ -85,7 +113,6 @@ _GPU = (
         "what a captured step may hold",
         members=("ALWAYS = 3", "UNIFORM_BATCH = 2", "UNIFORM_SINGLE_TOKEN_DECODE = 1", "NEVER = 0"),
     ),
-    On(f"{_BACKEND}.AttentionLayer", "a type only"),
     On(
         f"{_BACKEND}.CommonAttentionMetadata",
         "one step; replace() makes the batch of the prefill rows",
@@ -107,12 +134,6 @@ _GPU = (
         ),
     ),
     On(
-        f"{_BACKEND}.MultipleOf",
-        "block sizes of the dense kernels",
-        fields=("base",),
-        called=("MultipleOf(base)",),
-    ),
-    On(
         f"{_BACKEND}.max_decode_query_len",
         "how many tokens a verification brings",
         called=("max_decode_query_len(vllm_config)",),
@@ -128,22 +149,6 @@ _GPU = (
         "the group's cache",
         attributes=("num_kv_heads: int", "head_size: int", "dtype: torch.dtype", "block_size: int"),
         called=("max_num_blocks_per_req(vllm_config, max_len)",),
-    ),
-    On(
-        f"{_SPEC}.KVCacheLayout",
-        "the tokens of one (block, KV head) are one contiguous run",
-        members=("LBHNC = (0, 1, 2, 3, 4)", "BLHNC = (1, 0, 2, 3, 4)"),
-    ),
-    On(
-        f"{_BACKEND}.AttentionBackend",
-        "what we answer",
-        attributes=("forward_includes_kv_cache_update", "supported_dtypes"),
-        declared=(
-            "@classmethod supports_head_size(cls, head_size)",
-            "@staticmethod get_supported_kernel_block_sizes(kv_cache_spec=None)",
-            "@classmethod supported_kv_cache_layouts(cls)",
-            "@classmethod get_preferred_block_size(cls, default_block_size)",
-        ),
     ),
     On(
         f"{_BACKEND}.AttentionMetadataBuilder",
@@ -167,8 +172,6 @@ _GPU = (
         "how a builder is asked",
         code=("builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)",),
     ),
-    replace(_IMPL, name=f"{_FLASH}.FlashAttentionImpl"),
-    replace(_IMPL, name=f"{_TRITON}.TritonAttentionImpl"),
     replace(_BUILDER, name=f"{_FLASH}.FlashAttentionMetadataBuilder"),
     replace(_BUILDER, name=f"{_TRITON}.TritonAttentionMetadataBuilder"),
 )
@@ -246,6 +249,7 @@ _ROCM = (
 
 GPU: Contract = {
     "vllm_quest/backend/gpu.py": _GPU,
+    "vllm_quest/backend/gpu_metadata.py": _GPU_METADATA,
     "vllm_quest/backend/cuda.py": _CUDA,
     "vllm_quest/backend/rocm.py": _ROCM,
 }

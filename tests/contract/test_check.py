@@ -92,7 +92,7 @@ def changed(folder: Path, file: str, old: str, new: str) -> Tree:
             f"{_ATTENTION}/backend.py",
             "    UNIFORM_BATCH = 2",
             "    UNIFORM_BATCH = 4",
-            ["the member UNIFORM_BATCH = 2", "UNIFORM_BATCH = 4", "vllm_quest/backend/gpu.py"],
+            ["the member UNIFORM_BATCH = 2", "UNIFORM_BATCH = 4", "vllm_quest/backend/gpu_metadata.py"],
             id="enum value changed",
         ),
         pytest.param(

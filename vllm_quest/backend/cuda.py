@@ -8,7 +8,8 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl, QuestGPUMetadataBuilder
+from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl
+from vllm_quest.backend.gpu_metadata import QuestGPUMetadataBuilder
 
 
 class QuestCUDAImpl(QuestGPUImpl, FlashAttentionImpl):
