@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     model = options.model or str(prepare_model())
     losses: dict[str, dict[str, Loss]] = {}
     samples = _samples(model, options.context, options.text_tokens, options.queries)
-    for name, kinds in _measure(model, engines, samples, options.engine_args):
+    for name, kinds in _measure(model, engines, samples, options.engine_args, options.contexts_at_once):
         losses[name] = kinds
         for kind, loss in kinds.items():
             print(f"{name}: {_line(kind, loss)}", flush=True)
@@ -130,7 +130,11 @@ def _as_json(
 
 
 def _measure(
-    model: str, engines: list[Engine], samples: dict[str, list[Sample]], engine_args: dict[str, Any]
+    model: str,
+    engines: list[Engine],
+    samples: dict[str, list[Sample]],
+    engine_args: dict[str, Any],
+    contexts_at_once: int,
 ) -> Iterator[tuple[str, dict[str, Loss]]]:
     """Losses by kind, a configuration at a time; dense is measured first."""
     engines = [Engine({DENSE: None}), *engines]
@@ -159,7 +163,8 @@ def _measure(
                     if config is not None:
                         instrument.configure(config)
                     answers[name] = {
-                        kind: _answers(instrument, group, bar) for kind, group in samples.items()
+                        kind: _answers(instrument, group, contexts_at_once, bar)
+                        for kind, group in samples.items()
                     }
                     if name != DENSE:
                         dense, own = answers[DENSE], answers[name]
@@ -168,12 +173,16 @@ def _measure(
                 instrument.close()
 
 
-def _answers(instrument: Instrument, samples: list[Sample], bar: tqdm) -> list[list[Position]]:
-    """The positions of every answer, context by context."""
+def _answers(
+    instrument: Instrument, samples: list[Sample], contexts_at_once: int, bar: tqdm
+) -> list[list[Position]]:
+    """The positions of every answer, some contexts at a time."""
     answers: list[list[Position]] = []
-    for context in dict.fromkeys(sample.context for sample in samples):
-        group = [sample for sample in samples if sample.context == context]
-        scored = instrument.score([Continuation(context, (*one.question, *one.answer)) for one in group])
+    contexts = list(dict.fromkeys(sample.context for sample in samples))
+    for start in range(0, len(contexts), contexts_at_once):
+        some = set(contexts[start : start + contexts_at_once])
+        group = [sample for sample in samples if sample.context in some]
+        scored = instrument.score([Continuation(one.context, (*one.question, *one.answer)) for one in group])
         answers += [positions[-len(one.answer) :] for one, positions in zip(group, scored, strict=True)]
         bar.update(len(group))
     return answers
@@ -282,6 +291,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--text-tokens", type=int, default=1024, help="decoded per kind; default: %(default)s"
     )
     parser.add_argument("--queries", type=int, default=100, help="of recall; default: %(default)s")
+    parser.add_argument(
+        "--contexts-at-once", type=int, default=1, metavar="N", help="as for the grid; default: 1"
+    )
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything measured to PATH")
     return parser.parse_args(arguments)
