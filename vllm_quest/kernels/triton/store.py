@@ -12,6 +12,7 @@ import triton.language as tl
 from vllm_quest.kernels.triton.bounds import write_bounds
 from vllm_quest.kernels.triton.launch import bound_strides, check_bounds, check_cache
 from vllm_quest.kernels.triton.store_int4 import store_int4
+from vllm_quest.kernels.triton.touched import find_new, page_ends
 from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, PageBounds, ValueCache
 
 __all__ = ["store"]
@@ -48,17 +49,15 @@ def _store_page(
     first_position = slot % BLOCK_SIZE // PAGE_SIZE * PAGE_SIZE
     position = tl.arange(0, PAGE_SIZE)
     back = slot % PAGE_SIZE - position  # how long before `token` the position's token was, or would have been
-    source = token.to(tl.int64) - back
     written = back >= 0
-    source_slot = tl.load(slot_mapping + source, mask=written & (source >= 0), other=-1)
-    fresh = written & (source_slot == slot - back)
+    source, fresh = find_new(slot_mapping, token, slot, back)
 
     channel = tl.arange(0, HEAD_PAD)
     in_head = channel < HEAD_SIZE
     block = slot // BLOCK_SIZE * stride_block
     cached = block + (first_position + position)[:, None] * TOKEN_STRIDE + channel
     new = fresh[:, None] & in_head
-    old = (written & (source_slot != slot - back))[:, None] & in_head
+    old = (written & (fresh == 0))[:, None] & in_head
     new_key = tl.load(key + source[:, None] * stride_key + channel, mask=new, other=0.0)
     new_value = tl.load(value + source[:, None] * stride_value + channel, mask=new, other=0.0)
     old_key = tl.load(key_cache + cached, mask=old, other=0.0)
@@ -104,10 +103,7 @@ def _store_kernel(
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     kv_head = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
-    next_slot = tl.load(slot_mapping + token + 1, mask=token + 1 < num_tokens, other=-1)
-    ends_page = (slot >= 0) & ((next_slot != slot + 1) | (next_slot % PAGE_SIZE == 0))
-    pending = tl.where(ends_page, token, num_tokens)
+    pending = page_ends(slot_mapping, token, num_tokens, PAGE_SIZE)
     key += kv_head * stride_key_head
     value += kv_head * stride_value_head
     key_cache += kv_head * stride_kv_head

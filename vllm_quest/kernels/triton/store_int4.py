@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from vllm_quest.kernels.triton.launch import Int4Cache, warps_for
-from vllm_quest.kernels.triton.store_int4_page import find_new, store_page
+from vllm_quest.kernels.triton.store_int4_page import store_page
+from vllm_quest.kernels.triton.touched import find_new, page_ends
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["store_int4"]
@@ -52,10 +53,7 @@ def _store_int4_kernel(
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     kv_head = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
-    next_slot = tl.load(slot_mapping + token + 1, mask=token + 1 < num_tokens, other=-1)
-    ends_page = (slot >= 0) & ((next_slot != slot + 1) | (next_slot % PAGE_SIZE == 0))
-    pending = tl.where(ends_page, token, num_tokens)
+    pending = page_ends(slot_mapping, token, num_tokens, PAGE_SIZE)
     key += kv_head * stride_key_head
     value += kv_head * stride_value_head
     run = kv_head * stride_kv_head

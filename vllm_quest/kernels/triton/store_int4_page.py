@@ -15,19 +15,11 @@ from vllm_quest.kernels.triton.codes import (
     step_of,
     units_of,
 )
+from vllm_quest.kernels.triton.touched import find_new
 
-__all__ = ["find_new", "store_page"]
+__all__ = ["store_page"]
 
 LARGEST = tl.constexpr(2.0**126)  # what larger elements are stored as: a range must be finite, too
-
-
-@triton.jit
-def find_new(slot_mapping, token, slot, back):
-    """Which tokens lie `back` slots before `token`'s, and whether they are there, in this call."""
-    source = token.to(tl.int64) - back
-    asked = (back >= 0) & (source >= 0)
-    found = tl.load(slot_mapping + source, mask=asked, other=-1)
-    return source, asked & (found == slot - back)
 
 
 @triton.jit
