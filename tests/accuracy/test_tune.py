@@ -44,6 +44,28 @@ def test_budgets_hold_the_pages_that_are_always_read() -> None:
             assert QuestConfig(page_size=page_size, token_budget=budget).budget_pages > 3
 
 
+@pytest.mark.parametrize(("dense_layers", "largest"), [(0, None), (2, 2048)])
+def test_four_bits_are_tried_without_a_budget_too(dense_layers, largest) -> None:
+    config = QuestConfig(kv_dtype="int4", dense_layers=dense_layers)
+    assert tune.budgets(CONTEXT, config)[-1] == largest
+    tried: list[QuestConfig] = []
+    tune.smallest_passing(config, CONTEXT, lambda one: tried.append(one) or False)
+    assert len(tried) <= 3
+    assert tried[-1] == replace(config, token_budget=largest)
+
+
+def test_the_report_has_columns_whatever_is_configured() -> None:
+    options = SimpleNamespace(model="model", context=4096, max_loss=1.0, texts=["notes.txt"])
+    dense = tune.Dense([], recall=80.0, kv_bytes_per_token=40.0, dtype="bfloat16")
+    int4 = QuestConfig.from_dict({"kv_dtype": "int4", "value_group_size": 32, "token_budget": None})
+    trials = [trial(config=int4), trial(read_share=0.2, text_loss=12.0, recall_loss=None)]
+    title, *rows = command._report(options, dense, trials, trials[0]).splitlines()[3:6]
+    assert len(title) == len(rows[1])
+    assert title.index("reads") + len("reads") == rows[0].index("%") + 1 == rows[1].index("%") + 1
+    assert rows[0].startswith("x token_budget=2048 page_size=8")
+    assert rows[1].startswith("* token_budget=all page_size=16")
+
+
 def trial(**changes) -> tune.Trial:
     fields = {
         "config": QuestConfig(),
@@ -68,7 +90,9 @@ def test_measured_loss_and_reads(monkeypatch) -> None:
     right, wrong = Position(-0.1, {7: -0.1, 8: -3.0}), Position(-1.1, {7: -1.1, 8: -0.2})
     text = Sample("text", "a", (1,) * 100, (2,), (7,))
     samples = [text, replace(text, question=(3,)), Sample("recall", "a", (1,) * 100, (2, 2, 2, 2), (7, 7))]
-    dense = tune.Dense([[right], [right], [right, right]], recall=100.0, kv_bytes_per_token=40.0)
+    dense = tune.Dense(
+        [[right], [right], [right, right]], recall=100.0, kv_bytes_per_token=40.0, dtype="float32"
+    )
     counters = iter([dict.fromkeys(("decode_rows_sparse", "decode_rows_dense_layer", "bytes_read"), 0)])
     grown = {"decode_rows_sparse": 10, "decode_rows_dense_layer": 10, "bytes_read": 10 * 20 * 100 // 4}
     monkeypatch.setattr(tune.vllm_quest, "read_counters", lambda: next(counters, grown))
@@ -78,7 +102,7 @@ def test_measured_loss_and_reads(monkeypatch) -> None:
     assert result.text_loss == pytest.approx(100 * (2.718281828**0.5 - 1))
     assert result.recall_loss == 50
     assert result.memory_share == pytest.approx(1.1)
-    assert result.read_share == pytest.approx((20 / 4 + 22) / 40)
+    assert result.read_share == pytest.approx((20 / 4 + 20) / 40)  # the dense layer reads no bounds
 
 
 def test_probes_have_the_lengths_asked_for() -> None:
@@ -88,7 +112,9 @@ def test_probes_have_the_lengths_asked_for() -> None:
     for sample in samples:
         listed = "".join(map(chr, sample.context[1:]))
         asked, answer = "".join(map(chr, sample.question)), "".join(map(chr, sample.answer))
-        assert f"{asked.strip()}{answer}\n" in listed
+        assert f"{asked.lstrip()}{answer}\n" in listed
+        assert answer.isdigit()
+        assert len(answer) == 4
     with pytest.raises(ProbeError, match=r"notes.txt has 6 tokens; allowed: at least 780"):
         text_samples(Letters(), {"notes.txt": "short"}, 300)
 

@@ -118,27 +118,32 @@ def _is_asked_for(cache: dict[str, Any], options: argparse.Namespace) -> bool:
 
 
 def _report(options: argparse.Namespace, dense: Dense, trials: Sequence[Trial], chosen: Trial | None) -> str:
-    recall = f"{dense.recall:.0f} % of recalled digits right"
+    recall = f"{dense.recall:.0f} % of the digits in lists right"
     if not dense.can_recall:
-        recall += ": the model cannot do it densely, so recall does not count"
+        recall += ": it cannot do it, so recall does not count"
+    texts = ", ".join(map(str, options.texts or default_texts()))
+    width = max(len(_words(trial.config)) for trial in trials)
     lines = [
-        f"{options.model}, context {options.context}; dense: {recall}. At most {options.max_loss:g} % lost.",
+        f"{options.model}, {dense.dtype}, context {options.context}. Dense attention gets {recall}.",
+        f"At most {options.max_loss:g} % lost. Texts: {texts}.",
         "",
-        f"{'configuration':<58}{'reads':>8}{'memory':>8}{'text':>16}{'recall':>9}",
+        f"{'  configuration':<{width + 2}}{'reads':>8}{'memory':>8}{'text':>16}{'recall':>9}",
     ]
     for trial in sorted(trials, key=lambda one: one.read_share):
         mark = "*" if trial is chosen else " " if trial.passes(options.max_loss) else "x"
         loss = "" if trial.recall_loss is None else f"{trial.recall_loss:+.1f}"
         text = f"{trial.text_loss:+.2f} ± {trial.text_error:.2f}"
         lines.append(
-            f"{mark} {_words(trial.config):<56}{trial.read_share:>8.1%}{trial.memory_share:>8.1%}"
+            f"{mark} {_words(trial.config):<{width}}{trial.read_share:>8.1%}{trial.memory_share:>8.1%}"
             f"{text:>16}{loss:>9}"
         )
     lines += [
         "",
-        "reads, memory: KV bytes per decoded token and per token of context, as shares of dense attention's;",
-        "text: rise of the perplexity in percent, 95 % interval; recall: points of right tokens lost.",
-        "* recommended, x loses too much. The decision is by the estimates; texts of your own make it yours.",
+        "reads, memory: KV bytes per decoded token and per token of context, as shares of dense attention's",
+        f"in {dense.dtype}; they say nothing about time.",
+        "text: rise of the perplexity in percent, 95 % interval; recall: points of right digits lost.",
+        "* recommended: reads least of those within the loss; x loses too much. Decided by the estimates,",
+        "not by their intervals; --texts of your own make it yours.",
     ]
     if chosen is None:
         lines.append("No configuration is within the loss: allow more, or decode densely.")
@@ -146,7 +151,8 @@ def _report(options: argparse.Namespace, dense: Dense, trials: Sequence[Trial], 
 
 
 def _words(config: QuestConfig) -> str:
-    return " ".join(f"{name}={value}" for name, value in _entries(config).items())
+    entries = _entries(config).items()
+    return " ".join(f"{name}={'all' if value is None else value}" for name, value in entries)
 
 
 def _entries(config: QuestConfig) -> dict[str, Any]:

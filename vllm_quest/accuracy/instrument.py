@@ -61,6 +61,7 @@ class Instrument:
 
     Attributes:
         config: The `quest` configuration that decodes; None for vLLM's own dense attention.
+        dtype: Of the model: `float32` on CPUs unless asked otherwise, else the one that vLLM chooses.
         block_size: Tokens per block that vLLM allocates.
         kv_bytes_per_token: KV memory that one token of context takes, all layers of all ranks.
     """
@@ -101,7 +102,9 @@ class Instrument:
         self.llm = LLM(max_model_len=max_model_len, **(defaults | engine_args))
         self.config = config
         self.has_tail = is_cpu  # the GPU backend refuses decode_tail
-        self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
+        vllm_config = self.llm.llm_engine.vllm_config
+        self.dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        self.block_size = vllm_config.cache_config.block_size
         self.kv_bytes_per_token = sum(self.llm.collective_rpc("kv_bytes_per_token"))
         self._salts = (f"measured-{number}" for number in itertools.count())
 

@@ -91,17 +91,27 @@ def recall_samples(tokenizer: Any, context: int, lists: int = 2) -> list[Sample]
             tokens += _encode(tokenizer, f"{name}: {value}\n")
         inside = len(entries) - 1  # the last one is cut
         for query in range(QUERIES):
-            name, value = entries[rng.randrange(query * inside // QUERIES, (query + 1) * inside // QUERIES)]
+            entry = entries[rng.randrange(query * inside // QUERIES, (query + 1) * inside // QUERIES)]
+            question, answer = _asked(tokenizer, *entry)
             samples.append(
                 Sample(
                     task="recall",
                     context_id=f"list {number}",
                     context=tuple(tokens[:context]),
-                    question=_encode(tokenizer, f"\n\n{name}:"),
-                    answer=_encode(tokenizer, f" {value}"),
+                    question=question,
+                    answer=answer,
                 )
             )
     return samples
+
+
+def _asked(tokenizer: Any, name: str, value: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Question and answer. A blank that is a token of its own is no recall: it ends the question."""
+    question, answer = _encode(tokenizer, f"\n\n{name}:"), _encode(tokenizer, f" {value}")
+    blank = _encode(tokenizer, " ")
+    if answer[: len(blank)] == blank:
+        return question + blank, answer[len(blank) :]
+    return question, answer
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:

@@ -29,11 +29,13 @@ class Dense:
         answers: The positions of every sample's answer.
         recall: Share of right tokens in the lists, percent.
         kv_bytes_per_token: KV memory that one token takes.
+        dtype: Of the model, and so of that memory.
     """
 
     answers: list[list[Position]]
     recall: float
     kv_bytes_per_token: float
+    dtype: str
 
     @property
     def can_recall(self) -> bool:
@@ -66,11 +68,16 @@ class Trial:
         return self.text_loss <= max_loss and (self.recall_loss is None or self.recall_loss <= max_loss)
 
 
-def budgets(context: int, config: QuestConfig) -> list[int]:
-    """Token budgets to try with `config`'s pages, ascending."""
+def budgets(context: int, config: QuestConfig) -> list[int | None]:
+    """Token budgets to try with `config`'s pages, ascending.
+
+    4 bits cost something even where all is read, so there that is the last one; once, since dense layers
+    are no other configuration then.
+    """
     always = (config.sink_pages + config.recent_pages + 1) * config.page_size
     parts = [context // share // config.page_size * config.page_size for share in SHARES]
-    return sorted({max(part, always) for part in parts})
+    ascending: list[int | None] = [*sorted({max(part, always) for part in parts})]
+    return [*ascending, None] if config.kv_dtype == "int4" and not config.dense_layers else ascending
 
 
 def smallest_passing(config: QuestConfig, context: int, try_one: Callable[[QuestConfig], bool]) -> None:
@@ -95,7 +102,7 @@ def measure_dense(instrument: Instrument, samples: Sequence[Sample]) -> Dense:
     """What the other configurations are compared with; `instrument` runs vLLM's own attention."""
     answers = _answers(instrument, samples)
     right = [_right(answer) for answer, one in zip(answers, samples, strict=True) if one.task == "recall"]
-    return Dense(answers, fmean(right), instrument.kv_bytes_per_token)
+    return Dense(answers, fmean(right), instrument.kv_bytes_per_token, instrument.dtype)
 
 
 def measure(instrument: Instrument, samples: Sequence[Sample], dense: Dense) -> Trial:
@@ -141,12 +148,13 @@ def _right(answer: Sequence[Position]) -> float:
 def _read_share(
     instrument: Instrument, samples: Sequence[Sample], growth: dict[str, int], dense: Dense
 ) -> float:
-    """KV bytes read per decoded token, all layers; a dense layer reads all that its tokens store."""
+    """KV bytes read per decoded token, all layers; dense rows read K and V, in 4 bits also bounds."""
     assert instrument.config is not None
+    stored = (instrument if instrument.config.kv_dtype == "int4" else dense).kv_bytes_per_token
     given = 0 if instrument.config.steps_alike else 1  # stepping does not decode the last token
     decoded = sum(len(one.question) + len(one.answer) - given for one in samples)
     sparse = growth["decode_rows_sparse"]
     rows = sparse + sum(amount for name, amount in growth.items() if name.startswith("decode_rows_dense"))
     context = fmean(len(one.context) for one in samples)
-    densely = (1 - sparse / rows) * instrument.kv_bytes_per_token * context
+    densely = (1 - sparse / rows) * stored * context
     return (growth["bytes_read"] / decoded + densely) / (dense.kv_bytes_per_token * context)
