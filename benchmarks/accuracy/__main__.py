@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 # Before vLLM is imported: the bar stays readable, and OpenMP's threads do not spin between steps.
@@ -26,9 +25,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.accuracy import configurations, gate, sample_file
-from benchmarks.accuracy.engine import Key
+from benchmarks.accuracy.arguments import of_samples
 from benchmarks.accuracy.grid import Grid
-from benchmarks.accuracy.samples import Sample
+from benchmarks.accuracy.samples import Key, Sample
 from benchmarks.model import ModelError, prepare_model
 from vllm_quest.config import QuestConfig
 
@@ -54,7 +53,7 @@ def _grid(arguments: argparse.Namespace) -> None:
     model = arguments.model or str(prepare_model())
     origin, samples = _samples(arguments, model)
     if not arguments.ranks:
-        samples = {key: replace(sample, distractors=()) for key, sample in samples.items()}
+        samples = tasks.unranked(samples)
     Grid(
         model=model,
         context=arguments.context,
@@ -72,22 +71,13 @@ def _grid(arguments: argparse.Namespace) -> None:
 
 def _samples(arguments: argparse.Namespace, model: str) -> tuple[sample_file.Origin, dict[Key, Sample]]:
     """From the file that the flags name; without one, or if it is not there yet, built by this Python."""
-    from transformers import AutoTokenizer
-
     from benchmarks.accuracy import tasks
 
     names = arguments.tasks.split(",") if arguments.tasks else list(tasks.TASKS)
     origin = sample_file.Origin(Path(model).name, arguments.context, arguments.seed)
     if arguments.samples_file and arguments.samples_file.exists():
         return sample_file.load(arguments.samples_file, origin, names, arguments.samples)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    samples = {
-        (name, index): sample
-        for name in names
-        for index, sample in enumerate(
-            tasks.build(tokenizer, arguments.context, arguments.samples, arguments.seed, [name])
-        )
-    }
+    samples = tasks.numbered(model, arguments.context, arguments.samples, arguments.seed, names)
     if arguments.samples_file:
         sample_file.save(arguments.samples_file, origin, samples)
     return origin, samples
@@ -123,12 +113,9 @@ def _arguments() -> argparse.Namespace:
         prog="python -m benchmarks.accuracy",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[of_samples(4096)],
     )
     add = parser.add_argument
-    add("--model", metavar="MODEL", help="folder or name; default: SmolLM2-135M-Instruct")
-    add("--context", type=int, default=4096, metavar="N", help="tokens; default: 4096")
-    add("--samples", type=int, default=50, metavar="N", help="per task; default: 50")
-    add("--seed", type=int, default=0, metavar="N", help="of the tasks; default: 0")
     add("--tasks", metavar="A,B,...", help="default: all")
     add(
         "--samples-file",
@@ -136,7 +123,6 @@ def _arguments() -> argparse.Namespace:
         metavar="FILE",
         help="written where it does not exist, else read: so machines with other Pythons measure the same",
     )
-    add("--out", type=Path, required=True, metavar="FOLDER", help="raw results, only ever added to")
     add("--vary", action="append", default=[], metavar="FIELD=A,B", help="values of a field; repeatable")
     add("--base", action="append", default=[], metavar="FIELD=VALUE", help="what --vary varies; repeatable")
     add("--cross", action="store_true", help="all combinations of what --vary names")

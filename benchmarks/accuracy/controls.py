@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.accuracy import tasks
+from benchmarks.accuracy.arguments import of_samples
 from benchmarks.accuracy.grid import Grid
 from benchmarks.model import ModelError, prepare_model
 from vllm_quest.config import QuestConfig
@@ -84,16 +84,9 @@ def measure(
     out: Path,
 ) -> None:
     """Adds the scores of every control on the tasks `retrieval` to the results in `out`."""
-    from transformers import AutoTokenizer
-
     config = QuestConfig.from_dict(quest)
     model = model or str(prepare_model())
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    built = {
-        (name, index): replace(sample, distractors=())  # exact answers say it
-        for name in retrieval.split(",")
-        for index, sample in enumerate(tasks.build(tokenizer, context, samples, seed, [name]))
-    }
+    built = tasks.unranked(tasks.numbered(model, context, samples, seed, retrieval.split(",")))
     for name in BROKEN:
         with broken_scorer(name):
             Grid(model, context, built, {name: config}, out, rouge=tasks.rouge_l, timed=False).run()
@@ -101,17 +94,14 @@ def measure(
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.controls", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.accuracy.controls",
+        description=(__doc__ or "").split("\n")[0],
+        parents=[of_samples(4096)],
     )
-    parser.add_argument("--model", metavar="MODEL", help="folder or name; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens; default: %(default)s")
-    parser.add_argument("--samples", type=int, default=50, metavar="N", help="per task; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks; default: %(default)s")
     parser.add_argument(
         "--tasks", dest="retrieval", default=RETRIEVAL, metavar="A,B,...", help="default: %(default)s"
     )
     parser.add_argument("--quest", type=json.loads, default={}, metavar="JSON", help="what is broken")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="results of the grid")
     return parser.parse_args()
 
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import vllm_quest
-from benchmarks.accuracy.samples import Sample, Score, whole_lines
+from benchmarks.accuracy.samples import Key, Sample, Score, whole_lines
 from vllm_quest.accuracy.comparison import compare, nll
 from vllm_quest.accuracy.instrument import Continuation, Instrument, Position
 
-__all__ = ["Key", "References", "measure"]
+__all__ = ["References", "measure"]
 
-Key = tuple[str, int]  # task, index of the sample in it
 Rouge = Callable[[str, str], float]  # of the reference and the generated text
 
 

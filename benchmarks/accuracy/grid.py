@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.accuracy.configurations import Configurations, by_cache
-from benchmarks.accuracy.engine import Key, References, Rouge, measure
-from benchmarks.accuracy.samples import Header, Results, Sample
+from benchmarks.accuracy.engine import References, Rouge, measure
+from benchmarks.accuracy.samples import Header, Key, Results, Sample
 from benchmarks.machine import machine
 from vllm_quest.accuracy.instrument import TIMED_STEPS, Instrument
 from vllm_quest.config import QuestConfig

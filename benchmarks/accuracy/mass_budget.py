@@ -30,10 +30,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.accuracy import tasks
-from benchmarks.accuracy.engine import Key, measure
+from benchmarks.accuracy.arguments import of_experiment
+from benchmarks.accuracy.engine import measure
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.mass import ESTIMATES, choose, page_masses, pages_for
-from benchmarks.accuracy.samples import Sample, Score
+from benchmarks.accuracy.samples import Key, Sample, Score
 from benchmarks.accuracy.statistics import bootstrap
 from benchmarks.model import ModelError, prepare_model
 from vllm_quest.accuracy.instrument import Continuation, Instrument
@@ -143,11 +144,10 @@ def run(
     if not all(config.steps_alike for config in configs) or max(budgets) >= context:
         raise ValueError("--quest, --budgets: allowed: what decode_tail can do, budgets below --context")
     model = model or str(prepare_model())
-    grid = Grid(
-        model, context, _build(model, context, samples, seed), {}, out, rouge=tasks.rouge_l, timed=False
-    )
+    measured = tasks.unranked(tasks.numbered(model, context, samples, seed, TASKS))
+    grid = Grid(model, context, measured, {}, out, rouge=tasks.rouge_l, timed=False)
     grid.run()  # dense, whose answers the others are compared with
-    calibration = _build(model, context, CALIBRATION_SAMPLES, CALIBRATION_SEED)
+    calibration = tasks.numbered(model, context, CALIBRATION_SAMPLES, CALIBRATION_SEED, TASKS)
     instrument = Instrument(configs[0], context + 1, model=model)
     try:
         shares = _calibrate(instrument, grid, calibration, configs)
@@ -164,17 +164,6 @@ def run(
     }
     json_path.write_text(json.dumps(result, indent=1) + "\n")
     return result
-
-
-def _build(model: str, context: int, samples: int, seed: int) -> dict[Key, Sample]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return {
-        (name, index): replace(sample, distractors=())
-        for name in TASKS
-        for index, sample in enumerate(tasks.build(tokenizer, context, samples, seed, [name]))
-    }
 
 
 def _calibrate(
@@ -285,17 +274,12 @@ def _table(result: dict[str, Any]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.mass_budget", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.accuracy.mass_budget",
+        description=(__doc__ or "").split("\n")[0],
+        parents=[of_experiment()],
     )
     add = parser.add_argument
-    add("--model", metavar="MODEL", help="folder or name; default: SmolLM2-135M-Instruct")
-    add("--context", type=int, default=2048, metavar="N", help="tokens; default: %(default)s")
-    add("--samples", type=int, default=50, metavar="N", help="per task; default: %(default)s")
-    add("--seed", type=int, default=0, metavar="N", help="of the tasks; default: %(default)s")
     add("--budgets", type=int, nargs="+", default=[256, 512], metavar="N", help="tokens; default: 256 512")
-    add("--quest", type=json.loads, default={}, metavar="JSON", help="what else is configured")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="raw results of dense attention")
-    add("--json", type=Path, required=True, dest="json_path", metavar="PATH", help="what was found")
     return parser.parse_args()
 
 

@@ -4,8 +4,8 @@
 
 Prefill is made approximate in the two ways that the engine has. ``--tails``: the last tokens of the context
 select pages as decoded ones do; then question and answer are decoded by selected pages, or densely, which
-shows what prefill costs by itself. ``--chunks``: with 4-bit pages, prompts in chunks of so many tokens, whose
-later ones read the earlier ones in 4 bits. Goes on where it stopped.
+shows what prefill costs by itself; ``--quest`` configures them. ``--chunks``: with 4-bit pages, prompts in
+chunks of so many tokens, whose later ones read the earlier ones in 4 bits. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from tqdm import tqdm
 
 from benchmarks.accuracy import tasks
+from benchmarks.accuracy.arguments import of_experiment
 from benchmarks.accuracy.cells import DENSE, differences
 from benchmarks.accuracy.configurations import name_of
-from benchmarks.accuracy.engine import Key, measure
+from benchmarks.accuracy.engine import measure
 from benchmarks.accuracy.grid import Grid
-from benchmarks.accuracy.samples import Results, Sample, Score
+from benchmarks.accuracy.samples import Key, Results, Sample, Score
 from benchmarks.accuracy.statistics import bootstrap
 from benchmarks.accuracy.tasks.prompt import QUESTION_ROOM
 from benchmarks.machine import machine
@@ -129,7 +130,9 @@ def main() -> None:
         if not arms or max([0, *arguments.tails]) >= arguments.context - QUESTION_ROOM:
             raise ValueError("--tails, --chunks: allowed: at least one; tails shorter than a context")
         model = arguments.model or str(prepare_model())
-        samples = _build(model, arguments.context, arguments.samples, arguments.seed)
+        samples = tasks.unranked(
+            tasks.numbered(model, arguments.context, arguments.samples, arguments.seed, TASKS)
+        )
         grid = Grid(model, arguments.context, samples, {}, arguments.out, rouge=tasks.rouge_l, timed=False)
         grid.run()  # dense, whose answers the others are compared with
         for _, group in groupby(arms, key=lambda arm: arm.engine):
@@ -143,19 +146,8 @@ def main() -> None:
         "context": arguments.context,
         "arms": list(summaries(grid.results, samples, arms)),
     }
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    arguments.json_path.write_text(json.dumps(result, indent=1) + "\n")
     print(_table(result["arms"]))
-
-
-def _build(model: str, context: int, samples: int, seed: int) -> dict[Key, Sample]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return {
-        (name, index): replace(sample, distractors=())
-        for name in TASKS
-        for index, sample in enumerate(tasks.build(tokenizer, context, samples, seed, [name]))
-    }
 
 
 def _measure(grid: Grid, arms: list[Arm]) -> None:
@@ -259,19 +251,14 @@ def _cells(found: dict[str, Any]) -> list[str]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.prefill_quality", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.accuracy.prefill_quality",
+        description=(__doc__ or "").split("\n")[0],
+        parents=[of_experiment()],
     )
     add = parser.add_argument
-    add("--model", metavar="MODEL", help="folder or name; default: SmolLM2-135M-Instruct")
-    add("--context", type=int, default=2048, metavar="N", help="tokens; default: %(default)s")
-    add("--samples", type=int, default=50, metavar="N", help="per task; default: %(default)s")
-    add("--seed", type=int, default=0, metavar="N", help="of the tasks; default: %(default)s")
     add("--budget", type=int, default=512, metavar="N", help="tokens; default: %(default)s")
-    add("--quest", type=json.loads, default={}, metavar="JSON", help="what else is configured of tails")
     add("--tails", type=int, nargs="*", default=TAILS, metavar="N", help="last tokens of the context")
     add("--chunks", type=int, nargs="*", default=[512, 256], metavar="N", help="tokens of a prompt per step")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="raw results, only ever added to")
-    add("--json", type=Path, required=True, metavar="PATH", help="what was found")
     return parser.parse_args()
 
 

@@ -11,8 +11,7 @@ import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.accuracy.engine import Key
-from benchmarks.accuracy.samples import Sample
+from benchmarks.accuracy.samples import Key, Sample
 
 __all__ = ["Origin", "load", "save"]
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from vllm_quest.accuracy.samples import Sample
 
-__all__ = ["Header", "Results", "Sample", "Score", "whole_lines"]
+__all__ = ["Header", "Key", "Results", "Sample", "Score", "whole_lines"]
+
+Key = tuple[str, int]  # task, index of the sample in it
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import pytest
 
 from benchmarks.accuracy.samples import Sample
-from benchmarks.accuracy.tasks import TASKS, TaskError, build, rouge_l
+from benchmarks.accuracy.tasks import TASKS, TaskError, build, numbered, rouge_l, unranked
 from benchmarks.accuracy.tasks.prompt import QUESTION_ROOM, plant
 from benchmarks.accuracy.tasks.text import chapters, described_modules
 from benchmarks.model import prepare_model
@@ -132,6 +133,17 @@ def test_build_gives_the_named_tasks_and_refuses_others(tokenizer: Any) -> None:
     assert [sample.task for sample in built] == ["prose"] * 3 + ["needle"] * 3
     with pytest.raises(TaskError, match=r"--tasks.*'nedle'.*needle"):
         build(tokenizer, 2048, 3, 0, ["nedle"])
+
+
+def test_samples_are_numbered_within_each_task(tokenizer: Any) -> None:
+    model = str(prepare_model())
+    samples = numbered(model, 2048, 3, 7, ["prose", "needle"])
+    assert list(samples) == [(name, index) for name in ("prose", "needle") for index in range(3)]
+    assert list(samples.values()) == build(tokenizer, 2048, 3, 7, ["prose", "needle"])
+    assert samples["needle", 0].distractors
+    plain = unranked(samples)
+    assert list(plain) == list(samples)
+    assert all(plain[key] == replace(sample, distractors=()) for key, sample in samples.items())
 
 
 def test_without_a_chat_template_questions_are_plain(tokenizer: Any) -> None:
