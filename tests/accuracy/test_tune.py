@@ -66,6 +66,18 @@ def test_the_report_has_columns_whatever_is_configured() -> None:
     assert rows[1].startswith("* token_budget=all page_size=16")
 
 
+def test_an_uncertain_recommendation_names_a_certain_one() -> None:
+    options = SimpleNamespace(model="model", context=4096, max_loss=1.0, texts=["notes.txt"])
+    dense = tune.Dense([], recall=80.0, kv_bytes_per_token=40.0, dtype="bfloat16")
+    certain, uncertain = trial(read_share=0.4), trial(text_error=0.7, config=QuestConfig(token_budget=512))
+    forgetful = trial(read_share=0.2, recall_loss=30.0)
+    lines = command._report(options, dense, [uncertain, certain, forgetful], uncertain).splitlines()
+    assert "reaches +1.20 %" in lines[-1]
+    assert lines[-1].endswith("token_budget=2048 page_size=8 dense_layers=0 reads least.")
+    assert command._report(options, dense, [uncertain], uncertain).endswith("all of it, none is.")
+    assert "reaches" not in command._report(options, dense, [certain], certain)
+
+
 def trial(**changes) -> tune.Trial:
     fields = {
         "config": QuestConfig(),

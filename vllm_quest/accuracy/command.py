@@ -147,7 +147,19 @@ def _report(options: argparse.Namespace, dense: Dense, trials: Sequence[Trial], 
     ]
     if chosen is None:
         lines.append("No configuration is within the loss: allow more, or decode densely.")
+    elif chosen.worst_text_loss > options.max_loss:
+        lines.append(_doubt(options.max_loss, trials, chosen))
     return "\n".join(lines)
+
+
+def _doubt(max_loss: float, trials: Sequence[Trial], chosen: Trial) -> str:
+    """What the interval of the recommended one leaves open, and what to take instead."""
+    sure = cheapest([trial for trial in trials if trial.worst_text_loss <= max_loss], max_loss)
+    instead = f"{_words(sure.config)} reads least" if sure else "none is"
+    return (
+        f"The interval of the recommended one reaches {chosen.worst_text_loss:+.2f} %. "
+        f"Of those within the loss with all of it, {instead}."
+    )
 
 
 def _words(config: QuestConfig) -> str:

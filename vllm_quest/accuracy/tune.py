@@ -63,6 +63,11 @@ class Trial:
     read_share: float
     memory_share: float
 
+    @property
+    def worst_text_loss(self) -> float:
+        """The upper end of its interval."""
+        return self.text_loss + self.text_error
+
     def passes(self, max_loss: float) -> bool:
         """Whether neither text nor recall loses more than `max_loss` percent."""
         return self.text_loss <= max_loss and (self.recall_loss is None or self.recall_loss <= max_loss)
