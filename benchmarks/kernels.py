@@ -184,7 +184,7 @@ def configurations(arguments: argparse.Namespace) -> list[tuple[str, Step, PageL
         )
         sizes = quest_bytes(pages, geometry.head_size)
         step = Step(geometry, batch, context, budget, page_size, block_size=block_size, **sizes)
-        layout = PageLayout(block_size, page_size, geometry.head_size, False, DTYPE, kv_dtype, metadata_dtype)
+        layout = PageLayout.configured(pages, block_size, geometry.head_size, DTYPE, for_cpu=False)
         found.append((name, step, layout))
     return found
 

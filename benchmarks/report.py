@@ -68,16 +68,7 @@ def judge(questions: tuple[Question, ...], dense: EngineRun, quest: EngineRun) -
 def figures(dense: EngineRun, quest: EngineRun, config: QuestConfig) -> list[Figure]:
     """The table's rows; medians where there are repeats."""
     shares = read_shares(quest.counters)
-    layout = PageLayout(
-        quest.block_size,
-        config.page_size,
-        quest.head_size,
-        for_cpu=True,
-        dtype=torch.float32,
-        kv_dtype=config.kv_dtype,
-        metadata_dtype=config.metadata_dtype,
-        value_groups=-(-quest.head_size // (config.value_group_size or quest.head_size)),
-    )
+    layout = PageLayout.configured(config, quest.block_size, quest.head_size, torch.float32, for_cpu=True)
     speeds = median(dense.tokens_per_s), median(quest.tokens_per_s)
     attention_ms = [median(run.attention_ms) if run.attention_ms else None for run in (dense, quest)]
     return [

@@ -176,16 +176,8 @@ def _tokens_read(quest: QuestConfig, context: int) -> int:
 
 def quest_bytes(quest: QuestConfig, head_size: int) -> dict[str, Any]:
     """Bytes of K or V per token and of kmin or kmax per page; none where they are in the model's dtype."""
-    layout = PageLayout(
-        quest.page_size,
-        quest.page_size,
-        head_size,
-        False,
-        torch.bfloat16,  # only asked what does not depend on it
-        quest.kv_dtype,
-        quest.metadata_dtype,
-        value_groups=-(-head_size // (quest.value_group_size or head_size)),
-    )
+    # Only asked what depends neither on the block's length nor on the model's dtype.
+    layout = PageLayout.configured(quest, quest.page_size, head_size, torch.bfloat16, for_cpu=False)
     sizes = {}
     if layout.is_int4:
         sizes["kv_bytes"] = layout.token_bytes // 2

@@ -111,15 +111,24 @@ class PageLayout:
     @classmethod
     def of(cls, spec: AttentionSpec, config: QuestConfig, dtype: torch.dtype, *, for_cpu: bool) -> PageLayout:
         """The layout of the layers that vLLM describes by `spec`; `dtype` is the model's."""
+        # vLLM also asks about 1-token blocks.
+        block_size = -(-spec.block_size // config.page_size) * config.page_size
+        return cls.configured(config, block_size, spec.head_size, dtype, for_cpu=for_cpu)
+
+    @classmethod
+    def configured(
+        cls, config: QuestConfig, block_size: int, head_size: int, dtype: torch.dtype, *, for_cpu: bool
+    ) -> PageLayout:
+        """What `config` makes of blocks of `block_size` tokens; `dtype` is the model's."""
         return cls(
-            -(-spec.block_size // config.page_size) * config.page_size,  # vLLM also asks about 1-token blocks
+            block_size,
             config.page_size,
-            spec.head_size,
+            head_size,
             for_cpu,
             dtype,
             config.kv_dtype,
             config.metadata_dtype,
-            value_groups=-(-spec.head_size // (config.value_group_size or spec.head_size)),
+            value_groups=-(-head_size // (config.value_group_size or head_size)),
         )
 
     @property

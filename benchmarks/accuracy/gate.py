@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.configurations import Configurations, by_cache, from_entries
 from benchmarks.accuracy.grid import DENSE
-from benchmarks.accuracy.samples import Sample
+from benchmarks.accuracy.samples import Sample, batches
 from benchmarks.accuracy.statistics import Interval, bootstrap
 from benchmarks.machine import machine
 from benchmarks.model import prepare_model
@@ -178,10 +178,8 @@ def _answers(
 ) -> list[list[Position]]:
     """The positions of every answer, some contexts at a time."""
     answers: list[list[Position]] = []
-    contexts = list(dict.fromkeys(sample.context for sample in samples))
-    for start in range(0, len(contexts), contexts_at_once):
-        some = set(contexts[start : start + contexts_at_once])
-        group = [sample for sample in samples if sample.context in some]
+    for indices in batches(dict(enumerate(samples)), contexts_at_once):
+        group = [samples[index] for index in indices]
         scored = instrument.score([Continuation(one.context, (*one.question, *one.answer)) for one in group])
         answers += [positions[-len(one.answer) :] for one, positions in zip(group, scored, strict=True)]
         bar.update(len(group))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.configurations import Configurations, by_cache
 from benchmarks.accuracy.engine import References, Rouge, measure
-from benchmarks.accuracy.samples import Header, Key, Results, Sample
+from benchmarks.accuracy.samples import Header, Key, Results, Sample, batches
 from benchmarks.machine import machine
 from vllm_quest.accuracy.instrument import TIMED_STEPS, Instrument
 from vllm_quest.config import QuestConfig
@@ -113,7 +111,7 @@ class Grid:
                 bar.set_description(f"{name}: time a step" if self.timed else name)
                 _configure(instrument, config)
                 self.results.append(self._header(instrument, name, config))
-            for keys in self.batches():
+            for keys in batches(self.samples, self.contexts_at_once):
                 for name, config in engine.items():
                     wanted = {key: self.samples[key] for key in keys if key in missing[name]}
                     if not wanted:
@@ -126,19 +124,6 @@ class Grid:
                     bar.update(len(wanted))
         finally:
             instrument.close()
-
-    def by_context(self) -> list[list[Key]]:
-        """Samples that share a context, in the order of the tasks."""
-        groups: dict[str, list[Key]] = {}
-        for key, sample in self.samples.items():
-            groups.setdefault(sample.context_id, []).append(key)
-        return list(groups.values())
-
-    def batches(self) -> Iterable[list[Key]]:
-        """Samples that are measured together."""
-        contexts = self.by_context()
-        for start in range(0, len(contexts), self.contexts_at_once):
-            yield list(chain.from_iterable(contexts[start : start + self.contexts_at_once]))
 
     def _longest(self) -> int:
         """Tokens of the longest request, the one that vLLM samples behind a prompt included."""

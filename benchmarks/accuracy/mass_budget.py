@@ -34,7 +34,7 @@ from benchmarks.accuracy.arguments import of_experiment
 from benchmarks.accuracy.engine import measure
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.mass import ESTIMATES, choose, page_masses, pages_for
-from benchmarks.accuracy.samples import Key, Sample, Score
+from benchmarks.accuracy.samples import Key, Sample, Score, by_context
 from benchmarks.accuracy.statistics import bootstrap
 from benchmarks.model import ModelError, prepare_model
 from vllm_quest.accuracy.instrument import Continuation, Instrument
@@ -175,10 +175,10 @@ def _calibrate(
     """
     by_task: dict[str, Budget] = {}
     instrument.configure(configs[-1])
-    for context in tqdm({sample.context: None for sample in samples.values()}, desc="calibrate"):
-        chosen = [sample for sample in samples.values() if sample.context == context]
+    for keys in tqdm(by_context(samples), desc="calibrate"):
+        chosen = [samples[key] for key in keys]
         with budget_by(by_task.setdefault(chosen[0].task, Budget(calibrates=True))):
-            instrument.score([Continuation(context, (*one.question, *one.answer)) for one in chosen])
+            instrument.score([Continuation(one.context, (*one.question, *one.answer)) for one in chosen])
     shares: dict[str, dict[str, float]] = {}
     pages = grid.context / configs[0].page_size
     for config in configs:
@@ -201,7 +201,7 @@ def _measure(
 ) -> dict[tuple[str, str], list[Score]]:
     """Scores by budget and arm; arms take turns at each context, whose prefill is paid once."""
     scores: dict[tuple[str, str], list[Score]] = {}
-    for keys in tqdm(grid.by_context(), desc="measure"):
+    for keys in tqdm(by_context(grid.samples), desc="measure"):
         samples = {key: grid.samples[key] for key in keys}
         for config in configs:
             instrument.configure(config)

@@ -34,7 +34,7 @@ from benchmarks.accuracy.cells import DENSE, differences
 from benchmarks.accuracy.configurations import name_of
 from benchmarks.accuracy.engine import measure
 from benchmarks.accuracy.grid import Grid
-from benchmarks.accuracy.samples import Key, Results, Sample, Score
+from benchmarks.accuracy.samples import Key, Results, Sample, Score, by_context
 from benchmarks.accuracy.statistics import bootstrap
 from benchmarks.accuracy.tasks.prompt import QUESTION_ROOM
 from benchmarks.machine import machine
@@ -154,7 +154,7 @@ def _measure(grid: Grid, arms: list[Arm]) -> None:
     """Adds what is missing of arms that share an engine; tasks take turns, so that each has its share."""
     missing = [
         (arm, wanted)
-        for keys in sorted(grid.by_context(), key=lambda keys: keys[0][1])
+        for keys in sorted(by_context(grid.samples), key=lambda keys: keys[0][1])
         for arm in arms
         if (wanted := [key for key in keys if not grid.results.has(arm.name, *key)])
     ]

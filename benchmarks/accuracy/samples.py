@@ -8,15 +8,33 @@ them back with `Results`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_quest.accuracy.samples import Sample
 
-__all__ = ["Header", "Key", "Results", "Sample", "Score", "whole_lines"]
+__all__ = ["Header", "Key", "Results", "Sample", "Score", "batches", "by_context", "whole_lines"]
 
 Key = tuple[str, int]  # task, index of the sample in it
+_K = TypeVar("_K")
+
+
+def by_context(samples: Mapping[_K, Sample]) -> list[list[_K]]:
+    """Keys of samples that share a context, in their order."""
+    groups: dict[str, list[_K]] = {}
+    for key, sample in samples.items():
+        groups.setdefault(sample.context_id, []).append(key)
+    return list(groups.values())
+
+
+def batches(samples: Mapping[_K, Sample], contexts_at_once: int) -> Iterator[list[_K]]:
+    """Keys of samples that are measured together: those of so many contexts."""
+    contexts = by_context(samples)
+    for start in range(0, len(contexts), contexts_at_once):
+        yield list(chain.from_iterable(contexts[start : start + contexts_at_once]))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.accuracy import configurations, sample_file
 from benchmarks.accuracy.engine import References
 from benchmarks.accuracy.grid import Grid
-from benchmarks.accuracy.samples import Header, Results, Sample, Score
+from benchmarks.accuracy.samples import Header, Results, Sample, Score, batches
 from vllm_quest.accuracy.instrument import Position
 from vllm_quest.config import SELECTION_FIELDS, QuestConfig, QuestConfigError
 
@@ -112,14 +112,10 @@ ORIGIN = sample_file.Origin("model", 4096, 0)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 9])
-def test_every_sample_is_in_one_batch_with_its_context(tmp_path, at_once) -> None:
-    batches = list(
-        Grid(
-            "model", 4096, SAMPLES, {}, tmp_path, lambda *_: 0.0, contexts_at_once=at_once, timed=False
-        ).batches()
-    )
-    assert list(chain.from_iterable(batches)) == list(SAMPLES)
-    held = [{SAMPLES[key].context_id for key in batch} for batch in batches]
+def test_every_sample_is_in_one_batch_with_its_context(at_once) -> None:
+    found = list(batches(SAMPLES, at_once))
+    assert list(chain.from_iterable(found)) == list(SAMPLES)
+    held = [{SAMPLES[key].context_id for key in batch} for batch in found]
     assert [len(contexts) for contexts in held[:-1]] == [at_once] * (len(held) - 1)
     assert sum(map(len, held)) == 5, "no context is in two batches"
 

@@ -12,14 +12,11 @@ import triton.language as tl
 from vllm_quest.kernels.triton.bounds import write_bounds
 from vllm_quest.kernels.triton.launch import bound_strides, check_bounds, check_cache
 from vllm_quest.kernels.triton.store_int4 import store_int4
-from vllm_quest.kernels.triton.touched import find_new, page_ends
+from vllm_quest.kernels.triton.touched import SPREAD_TOKENS, find_new, page_ends
 from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, PageBounds, ValueCache
 
 __all__ = ["store"]
 
-# Up to here every token has a program of its own, so that a decode batch is spread over the device; beyond, a
-# program looks after as many tokens as a page has, most of which are of one page.
-SPREAD_TOKENS = 512
 ELEMENTS_PER_THREAD = 16
 
 

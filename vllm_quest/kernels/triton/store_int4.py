@@ -12,13 +12,11 @@ import triton.language as tl
 
 from vllm_quest.kernels.triton.launch import Int4Cache, warps_for
 from vllm_quest.kernels.triton.store_int4_page import store_page
-from vllm_quest.kernels.triton.touched import find_new, page_ends
+from vllm_quest.kernels.triton.touched import SPREAD_TOKENS, find_new, page_ends
 from vllm_quest.layout import Int4Keys, Int4Values
 
 __all__ = ["store_int4"]
 
-# As for `store`: up to here every token has a program of its own.
-SPREAD_TOKENS = 512
 ELEMENTS_PER_THREAD = 8  # of half a page: 16 bytes of K
 
 

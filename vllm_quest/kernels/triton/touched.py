@@ -6,7 +6,11 @@ The tokens of a request follow each other in a call, so a page's new tokens are 
 import triton
 import triton.language as tl
 
-__all__ = ["find_new", "page_ends"]
+__all__ = ["SPREAD_TOKENS", "find_new", "page_ends"]
+
+# Up to here every token has a program of its own, so that a decode batch is spread over the device; beyond, a
+# program looks after as many tokens as a page has, most of which are of one page.
+SPREAD_TOKENS = 512
 
 
 @triton.jit
