@@ -1,11 +1,11 @@
 """The quality gate of the 4-bit cache: what configurations lose against dense attention, token by token.
 
-    python -m benchmarks.accuracy gate [--model MODEL] [--quest JSON ...] [--flexgen]
-        [--kv-cache-dtype int4_per_token_head ...] [--json PATH]
+    python -m benchmarks.accuracy gate [--model MODEL] [--quest JSON ...]
+        [--simulate flexgen int4_per_token_head] [--kv-cache-dtype DTYPE ...] [--json PATH]
 
 Code and prose lose at most 0.01 nat per decoded token, key-value recall at most 2 points of its digits; each
 with a 95 % interval over samples, paired with dense. Ends with status 1 if a configuration's estimate fails.
-Formats that others have can stand beside: FlexGen's, and those of vLLM.
+Formats that others have can stand beside: their values in QUEST's pages, or vLLM's own caches themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.accuracy.configurations import Configurations, by_cache, from_entries
+from benchmarks.accuracy.formats import FORMATS
 from benchmarks.accuracy.grid import DENSE
 from benchmarks.accuracy.samples import Sample, batches
 from benchmarks.accuracy.statistics import Interval, bootstrap
@@ -35,7 +36,6 @@ __all__ = ["main"]
 
 MAX_NLL_LOSS = 0.01  # nat per token
 MAX_RECALL_LOSS = 2.0  # percentage points
-FLEXGEN = "FlexGen: 4 bits per token and head"
 LEAD_TOKENS, ANSWER_TOKENS = 24, 64  # of one passage of code
 PASSAGES = 6  # per context
 DEFAULT: list[dict[str, Any]] = [
@@ -56,10 +56,12 @@ class Engine:
     Attributes:
         configurations: By name, of the same cache, what decodes in turn; None for vLLM's own attention.
         arguments: More of vLLM's.
+        simulated: A format of `FORMATS` whose values the cache holds; None for its own.
     """
 
     configurations: dict[str, QuestConfig | None]
     arguments: dict[str, Any] = field(default_factory=dict)
+    simulated: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def main(arguments: list[str]) -> None:
     for entries in options.quest or DEFAULT:
         configurations |= from_entries(entries)
     engines = [Engine(dict(group)) for group in by_cache(configurations)]
-    if options.flexgen:
-        engines.append(Engine({FLEXGEN: QuestConfig(token_budget=None)}))
+    dense_pages = QuestConfig(token_budget=None)
+    engines += [Engine({f"{name}, simulated": dense_pages}, simulated=name) for name in options.simulate]
     engines += [Engine({dtype: None}, {"kv_cache_dtype": dtype}) for dtype in options.kv_cache_dtype]
     model = options.model or str(prepare_model())
     losses: dict[str, dict[str, Loss]] = {}
@@ -151,13 +153,13 @@ def _measure(
                 next(iter(engine.configurations.values())),
                 longest,
                 model=model,
-                **{"worker_extension_cls": "benchmarks.accuracy.flexgen.FlexGenWorker"}
+                **{"worker_extension_cls": "benchmarks.accuracy.formats.FormatWorker"}
                 | engine_args
                 | engine.arguments,
             )
             try:
-                if FLEXGEN in engine.configurations:
-                    instrument.llm.collective_rpc("store_like_flexgen")
+                if engine.simulated:
+                    instrument.llm.collective_rpc("store_like", args=(engine.simulated,))
                 for name, config in engine.configurations.items():
                     bar.set_description(name)
                     if config is not None:
@@ -277,7 +279,14 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         metavar="JSON",
         help="a configuration; repeatable; default: dense attention over 4-bit caches",
     )
-    parser.add_argument("--flexgen", action="store_true", help="its format too: K and V per token and head")
+    parser.add_argument(
+        "--simulate",
+        nargs="+",
+        default=[],
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"others' formats too, by their values, on CPUs: {', '.join(FORMATS)}",
+    )
     parser.add_argument(
         "--kv-cache-dtype",
         action="append",

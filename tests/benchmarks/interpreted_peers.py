@@ -37,20 +37,8 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 def half_up(numbers: torch.Tensor) -> torch.Tensor:
-    """Both round so; halves are not rare, since K and V have few bits."""
+    """As it rounds; halves are not rare, since K and V have few bits."""
     return (numbers + 0.5).floor()
-
-
-def rounded(vectors: torch.Tensor) -> torch.Tensor:
-    """As int4_per_token_head keeps them: rotated, in 16 steps of which one is zero."""
-    from vllm.v1.attention.ops.int4_per_token_head import _get_rht_signs
-
-    rotation = _get_rht_signs(64, 0, torch.device("cpu"))[:, None] * hadamard(64)
-    rotated = (vectors.float() @ rotation).bfloat16().float()
-    low, high = rotated.aminmax(dim=-1, keepdim=True)
-    step = (high - low) / 15
-    zero = half_up(-low / step).clamp(0, 15)
-    return (half_up(rotated * (1 / step) + zero).clamp(0, 15) - zero) * step @ rotation.T
 
 
 def turboquant_key(key: torch.Tensor) -> torch.Tensor:
@@ -77,6 +65,7 @@ def errors(kind: str) -> dict[str, float]:
     Returns:
         Of attention over what the format keeps of K and V, of the kernel's error, and of what 4 bits cost.
     """
+    from benchmarks.accuracy.formats import int4_per_token_head
     from benchmarks.kernel_steps import Rows
     from benchmarks.peer_kernels import PEERS
     from benchmarks.roofline import Geometry
@@ -91,7 +80,7 @@ def errors(kind: str) -> dict[str, float]:
     kernel.attend(layer)
     key[rows.slot_mapping], value[rows.slot_mapping] = rows.key, rows.value
     if kind == "int4_per_token_head":
-        expected = attention(rows, rounded(key), rounded(value), CONTEXT)
+        expected = attention(rows, int4_per_token_head(key), int4_per_token_head(value), CONTEXT)
     else:
         expected = attention(rows, turboquant_key(key), turboquant_value(value), CONTEXT)
     differences = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -12,11 +13,7 @@ from tests.contract.tree import Tree
 from tests.contract.wheels import SUPPORTED, WheelError, python_tree
 
 MARKER = "contract"
-_CHECKED = pytest.StashKey[dict[str, str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_CHECKED] = {}
+RESULT = "contract"  # a test's property: a line of the summary
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,27 +45,27 @@ def of_wheel(version: str) -> Tree | WheelError:
 
 
 @pytest.fixture(params=["installed", *(pytest.param(v, marks=pytest.mark.contract) for v in SUPPORTED)])
-def tree(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Tree:
+def tree(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+) -> Tree:
     """One version of vLLM after the other."""
     if request.param == "installed":
         return installed()
     with capsys.disabled():  # a download shows its progress
         tree = of_wheel(request.param)
     if isinstance(tree, WheelError):
-        request.config.stash[_CHECKED][f"vLLM {request.param} (wheel)"] = "NOT CHECKED, no wheel"
+        record_property(RESULT, f"vLLM {request.param} (wheel): NOT CHECKED, no wheel")
         pytest.fail(str(tree), pytrace=False)
     return tree
 
 
-@pytest.fixture
-def checked(request: pytest.FixtureRequest) -> dict[str, str]:
-    """Results by version, for the summary."""
-    return request.config.stash[_CHECKED]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    results = config.stash[_CHECKED]
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    properties = [entry for report in reports for entry in getattr(report, "user_properties", ())]
+    results = dict.fromkeys(text for name, text in properties if name == RESULT)
     if results:
         terminalreporter.section("contract with vLLM")
-        for version, result in results.items():
-            terminalreporter.line(f"{version}: {result}")
+        for line in results:
+            terminalreporter.line(line)

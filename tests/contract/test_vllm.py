@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.contract.check import breaches, size
+from tests.contract.conftest import RESULT
 from tests.contract.contract import CONTRACT
 from tests.contract.coverage import missing
 from tests.contract.ours import Package
@@ -15,9 +17,11 @@ from tests.contract.tree import Tree
 ROOT = Path(__file__).parents[2]
 
 
-def test_vllm_has_everything_that_we_rely_on(tree: Tree, checked: dict[str, str]) -> None:
+def test_vllm_has_everything_that_we_rely_on(
+    tree: Tree, record_property: Callable[[str, object], None]
+) -> None:
     broken = breaches(tree, CONTRACT)
-    checked[tree.label] = f"{size(CONTRACT)} reliances, {len(broken)} broken"
+    record_property(RESULT, f"{tree.label}: {size(CONTRACT)} reliances, {len(broken)} broken")
     if broken:
         pytest.fail(f"{len(broken)} broken:\n\n" + "\n\n".join(map(str, broken)), pytrace=False)
 
