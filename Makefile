@@ -57,8 +57,9 @@ bench-quick: install
 	$(BIN)/python -m benchmarks.context_cost --contexts 1024 4096 16384 65536 262144 --page-sizes 8 \
 	    --metadata-dtypes int8 --repeats 7 --plot build/context_cost.png
 
+# Most tests keep one core busy. A file stays in one process, its engines are shared; the order keeps long files apart.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Every supported version of vLLM has what we rely on; downloads each wheel once.
 contract: install

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -30,6 +30,7 @@ from benchmarks.accuracy.statistics import Interval, bootstrap
 from benchmarks.machine import machine
 from benchmarks.model import prepare_model
 from vllm_quest.accuracy.instrument import Continuation, Instrument, Position
+from vllm_quest.accuracy.probes import without_blank
 from vllm_quest.config import QuestConfig
 
 __all__ = ["main"]
@@ -225,17 +226,12 @@ def _samples(model: str, context: int, text_tokens: int, queries: int) -> dict[s
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     passages = -(-text_tokens // ANSWER_TOKENS)
+    recall = tasks.build(tokenizer, context, queries, 0, ["key_value"])
     return {
         "prose": tasks.build(tokenizer, context, passages, 0, ["prose"]),
         "code": _code(tokenizer, context, passages),
-        "recall": list(map(_digits_only, tasks.build(tokenizer, context, queries, 0, ["key_value"]))),
+        "recall": [without_blank(tokenizer, sample) for sample in recall],
     }
-
-
-def _digits_only(sample: Sample) -> Sample:
-    """The blank before the digits is no recall: it becomes the end of the question."""
-    blank, *digits = sample.answer
-    return replace(sample, question=(*sample.question, blank), answer=tuple(digits))
 
 
 def _code(tokenizer: Any, context: int, count: int) -> list[Sample]:

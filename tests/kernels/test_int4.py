@@ -1,4 +1,4 @@
-"""What int4 pages promise, whoever writes them: the error, the bounds, and a clear outcome for any input."""
+"""What int4 pages promise, whoever writes them: the error, the bounds, and nothing of a former owner."""
 
 from __future__ import annotations
 
@@ -8,48 +8,24 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cache import PagedCache
-from tests.kernels.test_operations import IMPLEMENTATIONS, STEPS_WITH_DRAFTS, run_steps
+from tests.kernels.int4_cache import (
+    BLOCK,
+    DIM,
+    EVERY_FORMAT,
+    EVERY_IMPLEMENTATION,
+    HEADS,
+    new_cache,
+    stored,
+    write,
+)
+from tests.kernels.test_operations import STEPS_WITH_DRAFTS, run_steps
 from vllm_quest.kernels.reference_bounds import read_bounds
-from vllm_quest.kernels.reference_int4 import LARGEST, dequantized, filling_pages, key_steps, unpack
+from vllm_quest.kernels.reference_int4 import dequantized, filling_pages, key_steps, unpack
 from vllm_quest.layout import PageViews
 
-HEADS, DIM, BLOCK = 2, 64, 64
-FORMATS = [(8, "int8", 1), (16, "int8", 1), (16, "bfloat16", 2)]  # page size, bounds, groups of V
-EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f[0]}-{f[1]}-{f[2]}")
-EVERY_IMPLEMENTATION = pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 RANDOM = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
-
-
-def new_cache(format: tuple[int, str, int], seed: int = 0, dtype: torch.dtype = torch.float32) -> PagedCache:
-    page_size, bounds, value_groups = format
-    return PagedCache(
-        num_blocks=16,
-        num_kv_heads=HEADS,
-        block_size=BLOCK,
-        page_size=page_size,
-        head_size=DIM,
-        dtype=dtype,
-        seed=seed,
-        kv_dtype="int4",
-        metadata_dtype=bounds,
-        value_groups=value_groups,
-    )
-
-
-def write(ops, views: PageViews, key: torch.Tensor, chunks: list[int], start: int = 0) -> None:
-    """Stores keys ``[T, H, D]``, which are the values as well, from slot `start` on, in chunks."""
-    for part in key.split(chunks):
-        slots = torch.arange(start, start + len(part))
-        ops.store(part.contiguous(), part.contiguous(), views.key, views.value, views.bounds, slots)
-        start += len(part)
-
-
-def stored(views: PageViews, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of the first tokens as they are read, ``[T, H, D]`` each."""
-    return tuple(part.movedim(1, 2).flatten(0, 1)[:tokens] for part in dequantized(views.key, views.value))
 
 
 def last_values(views: PageViews, blocks: list[int], tokens: int, page_size: int) -> torch.Tensor:
@@ -254,81 +230,3 @@ def test_attention_reads_the_residuals_of_the_last_page(format, ops) -> None:
     assert error < (outputs(fine[0], coarse[1]) - exact).abs().max() / 4  # without that of V
     store(tokens, tokens + 2)
     torch.testing.assert_close(attend(), outputs(*stored(views, tokens)), rtol=1e-5, atol=1e-5)
-
-
-EXTREMES = {
-    "zeros": torch.zeros(()),
-    "negative zeros": -torch.zeros(()),
-    "a constant": torch.full((), 0.3),
-    "tiny": torch.full((), 1e-38),
-    "the smallest": torch.full((), 1e-45),
-    "the largest": torch.full((), torch.finfo(torch.float32).max),
-    "infinity": torch.full((), torch.inf),
-    "negative infinity": torch.full((), -torch.inf),
-}
-
-
-@EVERY_FORMAT
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "one outlier"])
-@pytest.mark.parametrize("extreme", EXTREMES)
-def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
-    """Whatever is stored reads back finite; what is beyond 2^126, as that.
-
-    One outlier costs its own page and head their precision, and no other.
-    """
-    key = torch.randn(19, HEADS, DIM, generator=torch.Generator().manual_seed(4))
-    if everywhere:
-        key[:] = EXTREMES[extreme]
-    else:
-        key[11, 1, 3] = EXTREMES[extreme]
-    cache = new_cache(format)
-    write(ops, cache.pages, key, [9, 1, 1, 8])
-    expected = key.clamp(-LARGEST, LARGEST)
-    page = 11 // format[0]
-    apart = torch.ones(19, HEADS, dtype=torch.bool)
-    apart[page * format[0] : (page + 1) * format[0], 1] = False
-    for part in stored(cache.pages, 19):
-        assert part.isfinite().all()
-        if everywhere:
-            torch.testing.assert_close(part, expected, rtol=2**-7, atol=1e-37)
-        else:
-            torch.testing.assert_close(part[11, 1, 3], expected[11, 1, 3], rtol=2**-7, atol=0.3)
-            torch.testing.assert_close(part[apart], expected[apart], rtol=0, atol=0.5)
-    # A query so small that its products are finite; sums over several of the largest numbers never are.
-    query = 1e-38 * torch.randn(1, 2 * HEADS, DIM, generator=torch.Generator().manual_seed(5))
-    table, length = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1 if everywhere else 19]).int()
-    views = cache.pages
-    out = ops.attend_pages(query, views.key, views.value, table, length, None, format[0], 1.0)
-    assert out.isfinite().all()
-
-
-@EVERY_FORMAT
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_what_is_finite_stays_finite(format, ops, dtype) -> None:
-    """Up to the largest numbers of both signs: bounds and zero points are rounded beyond those of float16."""
-    largest, tokens = torch.finfo(dtype).max, 19
-    generator = torch.Generator().manual_seed(9)
-    key = ((2 * torch.rand(tokens, HEADS, DIM, generator=generator) - 1) * largest).to(dtype)
-    key[:, :, ::5], key[:, :, 1::5] = largest, -largest
-    key[11] = -largest
-    cache = new_cache(format, dtype=dtype)
-    views = cache.pages
-    write(ops, views, key, [9, 1, 1, 8])
-    out = PagedCache(
-        num_blocks=1, num_kv_heads=HEADS, block_size=BLOCK, page_size=8, head_size=DIM, dtype=dtype
-    ).pages
-    blocks, wanted = torch.zeros(1, dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
-    ops.dequantize_blocks(views.key, views.value, blocks, wanted, out.key, out.value)
-    expected = key.float().clamp(-LARGEST, LARGEST)
-    for part in (out.key, out.value):
-        read = part[0, :, :tokens].transpose(0, 1).float()
-        assert read.isfinite().all()
-        assert ((read - expected).abs() <= 0.55 * 2 * expected.abs().max() / 15).all()
-    # One token's V is what is read; sums over several of float32's largest numbers never are finite.
-    query = torch.zeros(1, HEADS, DIM, dtype=dtype)
-    for length in (1, tokens) if dtype == torch.float16 else (1,):
-        table, seq_lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
-        read = ops.attend_pages(query, views.key, views.value, table, seq_lens, None, format[0], 1.0)
-        assert read.isfinite().all()

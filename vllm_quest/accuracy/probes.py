@@ -6,13 +6,14 @@ Text alone would not do: a scorer that averages over heads keeps it and loses re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from vllm_quest.accuracy.samples import Sample
 
-__all__ = ["ProbeError", "default_texts", "read_texts", "recall_samples", "text_samples"]
+__all__ = ["ProbeError", "default_texts", "read_texts", "recall_samples", "text_samples", "without_blank"]
 
 LEAD_TOKENS, ANSWER_TOKENS = 16, 64  # of a passage
 PASSAGES = 6  # per text
@@ -91,27 +92,24 @@ def recall_samples(tokenizer: Any, context: int, lists: int = 2) -> list[Sample]
             tokens += _encode(tokenizer, f"{name}: {value}\n")
         inside = len(entries) - 1  # the last one is cut
         for query in range(QUERIES):
-            entry = entries[rng.randrange(query * inside // QUERIES, (query + 1) * inside // QUERIES)]
-            question, answer = _asked(tokenizer, *entry)
-            samples.append(
-                Sample(
-                    task="recall",
-                    context_id=f"list {number}",
-                    context=tuple(tokens[:context]),
-                    question=question,
-                    answer=answer,
-                )
+            name, value = entries[rng.randrange(query * inside // QUERIES, (query + 1) * inside // QUERIES)]
+            sample = Sample(
+                task="recall",
+                context_id=f"list {number}",
+                context=tuple(tokens[:context]),
+                question=_encode(tokenizer, f"\n\n{name}:"),
+                answer=_encode(tokenizer, f" {value}"),
             )
+            samples.append(without_blank(tokenizer, sample))
     return samples
 
 
-def _asked(tokenizer: Any, name: str, value: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Question and answer. A blank that is a token of its own is no recall: it ends the question."""
-    question, answer = _encode(tokenizer, f"\n\n{name}:"), _encode(tokenizer, f" {value}")
+def without_blank(tokenizer: Any, sample: Sample) -> Sample:
+    """Its question ends with the answer's first blank, where that is a token of its own: it is no recall."""
     blank = _encode(tokenizer, " ")
-    if answer[: len(blank)] == blank:
-        return question + blank, answer[len(blank) :]
-    return question, answer
+    if sample.answer[: len(blank)] != blank:
+        return sample
+    return replace(sample, question=sample.question + blank, answer=sample.answer[len(blank) :])
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:
