@@ -1,8 +1,12 @@
-"""Settings that must be there before torch and vLLM are imported."""
+"""Settings that must be there before torch and vLLM are imported, and what pytest says of the whole run.
+
+Only this file's hooks are called in the process that prints: the others are loaded where tests are collected.
+"""
 
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from unittest import mock
 
 import pytest
@@ -13,6 +17,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests read vLLM's log; commands that quiet it are imported by tests too.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+
+CONTRACT_RESULT = "contract with vLLM"  # a test's property: a line of the summary
+
+
+def pytest_report_header() -> str:
+    return "" if find_spec("ray") else "tests/batch is left out: Ray is not installed (make install-ray)"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    properties = [entry for report in reports for entry in getattr(report, "user_properties", ())]
+    results = dict.fromkeys(text for name, text in properties if name == CONTRACT_RESULT)
+    if results:
+        terminalreporter.section(CONTRACT_RESULT)
+        for line in results:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="module")

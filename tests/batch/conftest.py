@@ -13,12 +13,7 @@ from benchmarks.model import prepare_model
 # Before Ray is imported: its processes then listen on loopback only, and report nothing.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-HAS_RAY = find_spec("ray") is not None
-collect_ignore_glob = [] if HAS_RAY else ["test_*.py"]
-
-
-def pytest_report_header() -> str:
-    return "" if HAS_RAY else "tests/batch is left out: Ray is not installed (make install-ray)"
+collect_ignore_glob = [] if find_spec("ray") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

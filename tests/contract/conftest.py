@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import CONTRACT_RESULT
 from tests.contract.tree import Tree
 from tests.contract.wheels import SUPPORTED, WheelError, python_tree
 
 MARKER = "contract"
-RESULT = "contract"  # a test's property: a line of the summary
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,16 +56,6 @@ def tree(
     with capsys.disabled():  # a download shows its progress
         tree = of_wheel(request.param)
     if isinstance(tree, WheelError):
-        record_property(RESULT, f"vLLM {request.param} (wheel): NOT CHECKED, no wheel")
+        record_property(CONTRACT_RESULT, f"vLLM {request.param} (wheel): NOT CHECKED, no wheel")
         pytest.fail(str(tree), pytrace=False)
     return tree
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [report for group in terminalreporter.stats.values() for report in group]
-    properties = [entry for report in reports for entry in getattr(report, "user_properties", ())]
-    results = dict.fromkeys(text for name, text in properties if name == RESULT)
-    if results:
-        terminalreporter.section("contract with vLLM")
-        for line in results:
-            terminalreporter.line(line)

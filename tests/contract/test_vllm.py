@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import CONTRACT_RESULT
 from tests.contract.check import breaches, size
-from tests.contract.conftest import RESULT
 from tests.contract.contract import CONTRACT
 from tests.contract.coverage import missing
 from tests.contract.ours import Package
@@ -21,7 +21,7 @@ def test_vllm_has_everything_that_we_rely_on(
     tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
     broken = breaches(tree, CONTRACT)
-    record_property(RESULT, f"{tree.label}: {size(CONTRACT)} reliances, {len(broken)} broken")
+    record_property(CONTRACT_RESULT, f"{tree.label}: {size(CONTRACT)} reliances, {len(broken)} broken")
     if broken:
         pytest.fail(f"{len(broken)} broken:\n\n" + "\n\n".join(map(str, broken)), pytrace=False)
 
