@@ -28,12 +28,13 @@ def test_the_cache_holds_what_the_format_would(model, prose, name) -> None:
         model=model,
         kv_cache_memory_bytes=1 << 26,
         distributed_executor_backend="uni",
-        worker_extension_cls="benchmarks.accuracy.formats.FormatWorker",
     )
     try:
-        instrument.llm.collective_rpc("store_like", args=(name,))
-        instrument.score([Continuation(tuple(prose[:256]), tuple(prose[256:276]))])
+        # As FormatWorker does it, which a process cannot add to its workers beside the instrument's own.
         layers = instrument.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        for layer in layers:
+            FORMATS[name](layer.impl)
+        instrument.score([Continuation(tuple(prose[:256]), tuple(prose[256:276]))])
         for layer in layers:
             pages = layer.impl.pages(layer.kv_cache)
             for cache in (pages.key, pages.value):
