@@ -38,53 +38,12 @@ class FormatWorker(MeasuredWorker):
             FORMATS[name](layer.impl)
 
 
-def _forward_rounded(
-    rounded: Rounding,
-    impl: Any,
-    attend: Callable[..., torch.Tensor],
-    layer: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    attn_metadata: Any,
-    *rest: Any,
-    **named: Any,
-) -> torch.Tensor:
-    if attn_metadata is not None:
-        _round_contexts(rounded, impl.pages(kv_cache), attn_metadata.whole.metadata)
-    return attend(layer, query, key, value, kv_cache, attn_metadata, *rest, **named)
-
-
-def _round_contexts(rounded: Rounding, pages: Any, metadata: Any) -> None:
-    """Rounds K and V, in place, of every request that does not start in this step; twice is once."""
-    block_size = pages.key.shape[2]
-    new_lens = metadata.query_start_loc.diff()
-    for table, seq_len, new in zip(metadata.block_table, metadata.seq_lens, new_lens, strict=False):
-        if seq_len > new:
-            blocks = table[: -(-int(seq_len) // block_size)].long()
-            for cache in (pages.key, pages.value):
-                cache[blocks] = rounded(cache[blocks])
-
-
 def flexgen(values: torch.Tensor) -> torch.Tensor:
     """``[..., D]`` of any float dtype: the nearest of 16 values between each group's extremes."""
     groups = values.unflatten(-1, (-1, min(FLEXGEN_GROUP, values.shape[-1]))).float()
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = ((high - low) / STEPS).clamp_min(1e-30)
     return (low + step * ((groups - low) / step).round()).flatten(-2).to(values.dtype)
-
-
-def _write_rounded(
-    rounded: Rounding,
-    store: Callable[..., None],
-    layer: Any,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    store(layer, rounded(key), rounded(value), kv_cache, slot_mapping)
 
 
 def int4_per_token_head(values: torch.Tensor) -> torch.Tensor:
@@ -110,11 +69,43 @@ def _half_up(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _round_stored_contexts(rounded: Rounding, impl: Any) -> None:
-    impl.forward = partial(_forward_rounded, rounded, impl, impl.forward)
+    attend = impl.forward
+
+    def forward(
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        kv_cache: Any,
+        attn_metadata: Any,
+        *rest: Any,
+        **named: Any,
+    ) -> torch.Tensor:
+        if attn_metadata is not None:
+            _round_contexts(rounded, impl.pages(kv_cache), attn_metadata.whole.metadata)
+        return attend(layer, query, key, value, kv_cache, attn_metadata, *rest, **named)
+
+    impl.forward = forward
+
+
+def _round_contexts(rounded: Rounding, pages: Any, metadata: Any) -> None:
+    """Rounds K and V, in place, of every request that does not start in this step; twice is once."""
+    block_size = pages.key.shape[2]
+    new_lens = metadata.query_start_loc.diff()
+    for table, seq_len, new in zip(metadata.block_table, metadata.seq_lens, new_lens, strict=False):
+        if seq_len > new:
+            blocks = table[: -(-int(seq_len) // block_size)].long()
+            for cache in (pages.key, pages.value):
+                cache[blocks] = rounded(cache[blocks])
 
 
 def _round_written_tokens(rounded: Rounding, impl: Any) -> None:
-    impl.do_kv_cache_update = partial(_write_rounded, rounded, impl.do_kv_cache_update)
+    store = impl.do_kv_cache_update
+
+    def do_kv_cache_update(layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
+        store(layer, rounded(key), rounded(value), kv_cache, slot_mapping)
+
+    impl.do_kv_cache_update = do_kv_cache_update
 
 
 FORMATS: dict[str, Callable[[Any], None]] = {

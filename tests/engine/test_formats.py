@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from benchmarks.accuracy.formats import FORMATS, flexgen, int4_per_token_head
+from benchmarks.accuracy.formats import FORMATS, FormatWorker, flexgen, int4_per_token_head
 from vllm_quest.accuracy.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 
@@ -30,12 +30,11 @@ def test_the_cache_holds_what_the_format_would(model, prose, name) -> None:
         distributed_executor_backend="uni",
     )
     try:
-        # As FormatWorker does it, which a process cannot add to its workers beside the instrument's own.
-        layers = instrument.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        for layer in layers:
-            FORMATS[name](layer.impl)
+        # A process extends its workers once, here for the instrument; the engine has the same layers.
+        engine = instrument.llm.llm_engine
+        FormatWorker.store_like(engine, name)
         instrument.score([Continuation(tuple(prose[:256]), tuple(prose[256:276]))])
-        for layer in layers:
+        for layer in engine.vllm_config.compilation_config.static_forward_context.values():
             pages = layer.impl.pages(layer.kv_cache)
             for cache in (pages.key, pages.value):
                 written = cache[cache.flatten(1).any(1)]
