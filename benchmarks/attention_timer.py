@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_quest.accuracy.worker import MeasuredWorker
+from vllm_quest.tune.worker import MeasuredWorker
 
 
 class AttentionTimer(MeasuredWorker):

@@ -8,7 +8,7 @@ from importlib import import_module
 from vllm_quest import __version__
 
 COMMANDS = {
-    "tune": ("vllm_quest.accuracy.command", "recommend a configuration within a stated loss of quality"),
+    "tune": ("vllm_quest.tune.command", "recommend a configuration within a stated loss of quality"),
     "batch": ("vllm_quest.batch.command", "answer a file of prompts, on one machine or on a Ray cluster"),
 }
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from vllm_quest.errors import QuestConfigError
+from vllm_quest.formats import FORMATS, KVFormat
 from vllm_quest.registration import INT4_CACHE_DTYPE
+from vllm_quest.scorers import SCORERS, PageScorer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+__all__ = [
+    "BOUNDS_DTYPES",
+    "GROUP_REDUCES",
+    "NO_CONTEXT",
+    "PAGE_SIZES",
+    "SELECTION_FIELDS",
+    "QuestConfig",
+    "QuestConfigError",
+    "current_config",
+]
+
 PAGE_SIZES = (8, 16, 32, 64)
-INT4_PAGE_SIZE = 16  # where the user names none
 GROUP_REDUCES = ("max", "mean", "softmax_mean")
-SCORERS = ("minmax",)
-KV_DTYPES = ("auto", "int4")
-METADATA_DTYPES = ("auto", "int8", "bfloat16")
+BOUNDS_DTYPES = ("auto", "int8", "bfloat16")
+RENAMED = {"metadata_dtype": "bounds_dtype"}  # fields by their names before 0.2
 NO_CONTEXT = 2**31 - 1  # tokens; a context that is never reached
 # What may change while a cache is in use; every other field says how the cache lies.
 SELECTION_FIELDS = (
@@ -32,14 +46,6 @@ SELECTION_FIELDS = (
 )
 
 
-class QuestConfigError(ValueError):
-    """A wrong entry in ``additional_config['quest']``; names the field and what is allowed."""
-
-    def __init__(self, field: str, problem: str, allowed: str) -> None:
-        where = f"additional_config['quest'].{field}" if field else "additional_config['quest']"
-        super().__init__(f"{where}: {problem}; allowed: {allowed}")
-
-
 @dataclass(frozen=True)
 class QuestConfig:
     """How decode selects pages.
@@ -48,17 +54,18 @@ class QuestConfig:
         token_budget: Tokens that one decode step reads per KV head and layer. A multiple of `page_size`, and
             at least the pages that are always kept. None: all of them, that is dense attention.
         page_size: Tokens per page, the unit that is scored and selected. 8, 16, 32 or 64; divides vLLM's
-            ``block_size`` (what vLLM allocates). `from_dict` has a default of its own for ``int4``.
+            ``block_size`` (what vLLM allocates). None: the format's, 8 or with ``int4`` 16.
         dense_layers: The first N layers of the model read everything (QUEST section 4.1 uses 2; why 0 is the
             default: docs/design.md).
         sink_pages: First pages of a context that every step reads.
         recent_pages: Last pages of a context that every step reads, the one being filled included.
         group_reduce: How the scores of the query heads that share a KV head become one: ``max``, ``mean``, or
             ``softmax_mean`` (mean over the heads of each head's softmax over its pages).
-        scorer: How a page is scored. ``minmax`` is the upper bound of QUEST, equation 2.
+        scorer: How a page is scored, a key of `SCORERS`. ``minmax`` is the upper bound of QUEST, equation 2.
         min_context: Contexts shorter than this many tokens are decoded densely.
-        kv_dtype: How K and V are stored: ``auto`` (the model's dtype) or ``int4`` (docs/int4.md).
-        metadata_dtype: How page bounds are stored: ``int8``, ``auto`` (the model's dtype; ``int8`` where
+        kv_dtype: How K and V are stored, a key of `FORMATS`: ``auto`` (the model's dtype) or ``int4``
+            (docs/int4.md).
+        bounds_dtype: How page bounds are stored: ``int8``, ``auto`` (the model's dtype; ``int8`` where
             `kv_dtype` is ``int4``), or, with ``int4`` only, ``bfloat16``; rounded outward.
         value_group_size: Channels of V that share a zero point and a scale, with ``int4``: 32, 64 or 128;
             None for one group per head.
@@ -71,7 +78,7 @@ class QuestConfig:
     """
 
     token_budget: int | None = 2048
-    page_size: int = 8
+    page_size: int = None  # type: ignore[assignment]  # an int from `__post_init__` on
     dense_layers: int = 0
     sink_pages: int = 1
     recent_pages: int = 2
@@ -79,25 +86,26 @@ class QuestConfig:
     scorer: str = "minmax"
     min_context: int = 0
     kv_dtype: str = "auto"
-    metadata_dtype: str = "int8"
+    bounds_dtype: str = "int8"
     value_group_size: int | None = None
     value_threshold: float | None = None
     decode_tail: int = 0
 
     def __post_init__(self) -> None:
-        self._check_choice("page_size", PAGE_SIZES)
-        self._check_choice("group_reduce", GROUP_REDUCES)
+        self._check_choice("kv_dtype", FORMATS)
         self._check_choice("scorer", SCORERS)
-        self._check_choice("kv_dtype", KV_DTYPES)
-        self._check_choice("metadata_dtype", METADATA_DTYPES)
+        self._check_choice("bounds_dtype", BOUNDS_DTYPES)
+        self._check_choice("group_reduce", GROUP_REDUCES)
         self._check_choice("value_group_size", (None, 32, 64, 128))
         self._check_count("dense_layers", 0)
         self._check_count("sink_pages", 0)
         self._check_count("recent_pages", 1)
         self._check_count("min_context", 0)
         self._check_count("decode_tail", 0)
-        if self.kv_dtype != "int4":
-            self._refuse_int4_fields()
+        if self.page_size is None:
+            object.__setattr__(self, "page_size", self.format.page_size)
+        self._check_choice("page_size", PAGE_SIZES)
+        _ = self.format, self.page_scorer  # which refuse what does not go with them
         if self.token_budget is not None:
             self._check_budget()
         if self.value_threshold is not None:
@@ -109,6 +117,16 @@ class QuestConfig:
                 f"group_reduce={self.group_reduce}, kv_dtype={self.kv_dtype}",
                 "0, or group_reduce max or mean and kv_dtype auto",
             )
+
+    @cached_property
+    def format(self) -> KVFormat:
+        """How K and V are stored."""
+        return FORMATS[self.kv_dtype](self)
+
+    @cached_property
+    def page_scorer(self) -> PageScorer:
+        """How pages are scored."""
+        return SCORERS[self.scorer](self)
 
     @property
     def budget_pages(self) -> int:
@@ -123,7 +141,7 @@ class QuestConfig:
     @property
     def steps_alike(self) -> bool:
         """Whether tokens that come together, as in `decode_tail`, select what they would one by one."""
-        return self.group_reduce != "softmax_mean" and self.kv_dtype == "auto"
+        return self.group_reduce != "softmax_mean" and self.format.steps_alike
 
     @property
     def cache_fields(self) -> dict[str, Any]:
@@ -136,20 +154,15 @@ class QuestConfig:
 
         Raises:
             QuestConfigError: Not a mapping, an unknown key, or a value that is not allowed.
-
-        With 4-bit K and V pages have 16 tokens unless told otherwise: those of 8 take more than a third of
-        bfloat16's memory (docs/int4.md).
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(entries, dict):
             raise QuestConfigError("", f"{entries!r} is not a mapping", f"a mapping with {', '.join(names)}")
         for key in entries:
             if key not in names:
-                guess = difflib.get_close_matches(str(key), names, n=1)
-                hint = f" (did you mean {guess[0]!r}?)" if guess else ""
+                guess = RENAMED.get(key) or next(iter(difflib.get_close_matches(str(key), names, n=1)), None)
+                hint = f" (did you mean {guess!r}?)" if guess else ""
                 raise QuestConfigError("", f"unknown key {key!r}{hint}", ", ".join(names))
-        if entries.get("kv_dtype") == "int4":
-            entries = {"page_size": INT4_PAGE_SIZE} | entries
         return cls(**entries)
 
     @classmethod
@@ -198,14 +211,6 @@ class QuestConfig:
         if refused:
             raise ValueError(f"--attention-backend QUEST cannot run this engine: {'; '.join(refused)}")
 
-    def _refuse_int4_fields(self) -> None:
-        if self.value_group_size is not None:
-            raise QuestConfigError(
-                "value_group_size", f"{self.value_group_size}", "null unless kv_dtype=int4"
-            )
-        if self.metadata_dtype == "bfloat16":
-            raise QuestConfigError("metadata_dtype", "'bfloat16'", "auto, int8 unless kv_dtype=int4")
-
     def _check_budget(self) -> None:
         self._check_count("token_budget", 1)
         assert self.token_budget is not None
@@ -218,9 +223,9 @@ class QuestConfig:
                 f"null, or a multiple of {self.page_size}, at least {always * self.page_size}",
             )
 
-    def _check_choice(self, name: str, allowed: tuple) -> None:
+    def _check_choice(self, name: str, allowed: Collection) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or value not in allowed:
+        if isinstance(value, bool) or value not in tuple(allowed):
             raise QuestConfigError(name, f"{value!r}", ", ".join(map(str, allowed)))
 
     def _check_count(self, name: str, least: int) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import vllm_quest
 from benchmarks.accuracy.samples import Key, Sample, Score, whole_lines
-from vllm_quest.accuracy.comparison import compare, nll
-from vllm_quest.accuracy.instrument import Continuation, Instrument, Position
+from vllm_quest.tune.comparison import compare, nll
+from vllm_quest.tune.instrument import Continuation, Instrument, Position
 
 __all__ = ["References", "measure"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vllm_quest.accuracy.worker import MeasuredWorker
+from vllm_quest.tune.worker import MeasuredWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable

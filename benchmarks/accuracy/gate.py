@@ -29,8 +29,8 @@ from benchmarks.accuracy.samples import Sample, batches
 from benchmarks.accuracy.statistics import Interval, bootstrap
 from benchmarks.machine import machine
 from benchmarks.model import prepare_model
-from vllm_quest.accuracy.instrument import Continuation, Instrument, Position
-from vllm_quest.accuracy.probes import without_blank
+from vllm_quest.tune.instrument import Continuation, Instrument, Position
+from vllm_quest.tune.probes import without_blank
 from vllm_quest.config import QuestConfig
 
 __all__ = ["main"]

@@ -19,7 +19,7 @@ from benchmarks.accuracy.configurations import Configurations, by_cache
 from benchmarks.accuracy.engine import References, Rouge, measure
 from benchmarks.accuracy.samples import Header, Key, Results, Sample, batches
 from benchmarks.machine import machine
-from vllm_quest.accuracy.instrument import TIMED_STEPS, Instrument
+from vllm_quest.tune.instrument import TIMED_STEPS, Instrument
 from vllm_quest.config import QuestConfig
 
 __all__ = ["DENSE", "Grid"]

@@ -37,7 +37,7 @@ from benchmarks.accuracy.mass import ESTIMATES, choose, page_masses, pages_for
 from benchmarks.accuracy.samples import Key, Sample, Score, by_context
 from benchmarks.accuracy.statistics import bootstrap
 from benchmarks.model import ModelError, prepare_model
-from vllm_quest.accuracy.instrument import Continuation, Instrument
+from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 
 if TYPE_CHECKING:

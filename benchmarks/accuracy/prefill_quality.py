@@ -39,7 +39,7 @@ from benchmarks.accuracy.statistics import bootstrap
 from benchmarks.accuracy.tasks.prompt import QUESTION_ROOM
 from benchmarks.machine import machine
 from benchmarks.model import ModelError, prepare_model
-from vllm_quest.accuracy.instrument import Continuation, Instrument
+from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 
 TAILS = [128, 256, 512, 1024, 1408]

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_quest.accuracy.samples import Sample
+from vllm_quest.tune.samples import Sample
 
 __all__ = ["Header", "Key", "Results", "Sample", "Score", "batches", "by_context", "whole_lines"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_quest.accuracy.comparison import compare, kl_over_top
-from vllm_quest.accuracy.instrument import Position
+from vllm_quest.tune.comparison import compare, kl_over_top
+from vllm_quest.tune.instrument import Position
 
 VOCABULARY = 40
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_quest.accuracy import command, tune
-from vllm_quest.accuracy.instrument import Position
-from vllm_quest.accuracy.probes import ProbeError, recall_samples, text_samples
-from vllm_quest.accuracy.samples import Sample
+from vllm_quest.tune import command, tune
+from vllm_quest.tune.instrument import Position
+from vllm_quest.tune.probes import ProbeError, recall_samples, text_samples
+from vllm_quest.tune.samples import Sample
 from vllm_quest.config import QuestConfig
 
 CONTEXT = 4096

@@ -11,7 +11,7 @@ from benchmarks.accuracy import configurations, sample_file
 from benchmarks.accuracy.engine import References
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.samples import Header, Results, Sample, Score, batches
-from vllm_quest.accuracy.instrument import Position
+from vllm_quest.tune.instrument import Position
 from vllm_quest.config import SELECTION_FIELDS, QuestConfig, QuestConfigError
 
 BASE = QuestConfig(token_budget=512)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.accuracy.controls import BROKEN, broken_scorer
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.tasks import build
-from vllm_quest.accuracy.instrument import Continuation, Instrument
+from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 
 pytestmark = pytest.mark.engine

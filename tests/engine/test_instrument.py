@@ -15,7 +15,7 @@ import vllm_quest
 from benchmarks.accuracy.engine import References, measure
 from benchmarks.accuracy.samples import Sample, Score
 from tests.engine.running import KV_HEADS, LAYERS
-from vllm_quest.accuracy.instrument import Continuation, Instrument
+from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 
 pytestmark = pytest.mark.engine

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.accuracy.prefill_quality import Prefilling, _one_more
 from benchmarks.accuracy.samples import Sample
-from vllm_quest.accuracy.instrument import Continuation, Instrument
+from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 
 pytestmark = pytest.mark.engine

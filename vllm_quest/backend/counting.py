@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_quest.config import QuestConfig
-from vllm_quest.layout import PageLayout
 from vllm_quest.metrics import CounterFile
+from vllm_quest.page import PageLayout
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StepCounts:
         Args:
             counters: The worker's.
             num_kv_heads: KV heads of this rank.
-            layout: Says what a token and the bounds of a page take.
+            layout: Says what is read of a cache.
             layers: How many such layers.
         """
         heads = layers * num_kv_heads
@@ -75,9 +75,11 @@ class StepCounts:
             counters.add("decode_rows_sparse", layers * self.sparse_rows)
             counters.add("pages_scored", heads * self.pages_in_context)
             counters.add("pages_read", heads * self.pages_read)
-            # Scoring reads the bounds of every page; 4-bit keys need those of the selected ones once more.
-            bounds_read = self.pages_in_context + (self.pages_read if layout.is_int4 else 0)
-            read = self.tokens_read * layout.token_bytes + bounds_read * layout.bounds_bytes
-            read += self.sparse_rows * layout.residual_bytes
+            read = layout.bytes_read(
+                rows=self.sparse_rows,
+                tokens=self.tokens_read,
+                pages_read=self.pages_read,
+                pages_scored=self.pages_in_context,
+            )
             counters.add("bytes_read", heads * read)
-            counters.add("bytes_dense", heads * self.tokens_in_context * layout.dense_bytes)
+            counters.add("bytes_dense", heads * self.tokens_in_context * layout.block.dense_token_bytes)

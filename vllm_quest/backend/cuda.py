@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl
-from vllm_quest.backend.gpu_metadata import QuestGPUMetadataBuilder
+from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUMetadataBuilder
+from vllm_quest.backend.impl import QuestImpl
 
 
-class QuestCUDAImpl(QuestGPUImpl, FlashAttentionImpl):
+class QuestCUDAImpl(QuestImpl, FlashAttentionImpl):
     """FlashAttention for prefill and dense layers, page selection for decode."""
 
+    dense_impl: ClassVar[type] = FlashAttentionImpl
 
-class QuestCUDAMetadataBuilder(QuestGPUMetadataBuilder, FlashAttentionMetadataBuilder):
+
+class QuestCUDAMetadataBuilder(QuestGPUMetadataBuilder):
     """As `QuestGPUMetadataBuilder`."""
 
-    dense_builder = FlashAttentionMetadataBuilder
+    dense_builder: ClassVar[type] = FlashAttentionMetadataBuilder
 
 
 class QuestCUDABackend(QuestGPUBackend, FlashAttentionBackend):

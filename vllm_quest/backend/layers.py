@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_quest.config import QuestConfig
-from vllm_quest.layout import PageLayout
+from vllm_quest.kernels.operations import Operations
+from vllm_quest.page import PageLayout
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
@@ -53,24 +54,23 @@ class LayerPlan:
         """How many layers are dense, by reason."""
         return dict(Counter(self.dense.values()))
 
-    def log(self, config: QuestConfig, layout: PageLayout, num_kv_heads: int) -> None:
+    def log(self, config: QuestConfig, layout: PageLayout, num_kv_heads: int, operations: Operations) -> None:
         """Logs one line: what is sparse, what is dense and why, and what the cache takes."""
         dense = []
         for reason, words in DENSE_REASONS.items():
             if names := [name for name, why in self.dense.items() if why == reason]:
                 dense.append(f"layers {_ranges(names)} dense ({words})")
         logger.info(
-            "QUEST: layers %s sparse; %s. %sKV cache per token and KV head (%d here): %d B (%s), bounds of "
-            "%d tokens %d B (%s); metadata %.1f %% of the cache. %s",
+            "QUEST: layers %s sparse; %s. %s%sKV cache per token and KV head (%d here): %d B (%s), %s; "
+            "metadata %.1f %% of the cache. %s",
             _ranges(self.sparse) or "none",
             "; ".join(dense) or "no layer dense",
             _budget(config) if self.sparse else "",
+            _references(config, operations),
             num_kv_heads,
             layout.content_bytes,
-            layout.kv_dtype,
-            layout.page_size,
-            layout.bounds_bytes,
-            "int8" if layout.has_coded_bounds else str(layout.bounds_dtype).removeprefix("torch."),
+            layout.format.name,
+            layout.scorer.words(layout.block, layout.format),
             100 * layout.metadata_share,
             _capacity(layout),
         )
@@ -84,10 +84,17 @@ def _budget(config: QuestConfig) -> str:
     )
 
 
+def _references(config: QuestConfig, operations: Operations) -> str:
+    """Says where a torch reference runs in place of kernels: it is right, and slow."""
+    names = {"format": config.kv_dtype, "scorer": config.scorer}
+    kinds = operations.references
+    return "".join(f"{kind.capitalize()} {names[kind]} runs its torch reference, slowly. " for kind in kinds)
+
+
 def _capacity(layout: PageLayout) -> str:
     """How many tokens fit, against a cache of K and V alone in the model's dtype."""
-    gain = layout.dense_bytes / layout.content_bytes
-    dtype = str(layout.dtype).removeprefix("torch.")
+    gain = layout.block.dense_token_bytes / layout.content_bytes
+    dtype = str(layout.block.dtype).removeprefix("torch.")
     return f"{gain:.2f} times the tokens of a dense {dtype} cache in the same memory."
 
 

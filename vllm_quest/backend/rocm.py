@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl
-from vllm_quest.backend.gpu_metadata import QuestGPUMetadataBuilder
+from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUMetadataBuilder
+from vllm_quest.backend.impl import QuestImpl
 
 
-class QuestROCmImpl(QuestGPUImpl, TritonAttentionImpl):
+class QuestROCmImpl(QuestImpl, TritonAttentionImpl):
     """Triton attention for prefill and dense layers, page selection for decode."""
 
+    dense_impl: ClassVar[type] = TritonAttentionImpl
 
-class QuestROCmMetadataBuilder(QuestGPUMetadataBuilder, TritonAttentionMetadataBuilder):
+
+class QuestROCmMetadataBuilder(QuestGPUMetadataBuilder):
     """As `QuestGPUMetadataBuilder`."""
 
-    dense_builder = TritonAttentionMetadataBuilder
+    dense_builder: ClassVar[type] = TritonAttentionMetadataBuilder
 
 
 class QuestROCmBackend(QuestGPUBackend, TritonAttentionBackend):

@@ -1,7 +1,7 @@
 """The four operations of QUEST: `store`, `score_pages`, `select_pages`, `attend_pages`.
 
-`reference` has each in plain torch and is the paper, read from top to bottom; `cpu` has the same four under
-the same names and arguments, compiled. Shapes are written with these letters:
+`operations` puts them together from a format, a scorer and a device. `reference` has in plain torch what
+formats and scorers share; `cpu` and `triton` are the devices. Shapes are written with these letters:
 
     T   tokens that are stored         B   blocks of the cache
     R   decode rows (query tokens)     N   tokens per block (vLLM's block_size)

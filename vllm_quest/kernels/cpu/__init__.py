@@ -1,4 +1,4 @@
-"""QUEST's operations compiled for CPUs: the names and arguments of `vllm_quest.kernels.reference`.
+"""The CPU as a device: selection, and what compiled kernels are written in.
 
 `simd` is the instruction set that the kernels are written in, `launch` what their launchers share.
 """
@@ -11,11 +11,7 @@ import torch
 # numba shares OpenMP with vLLM's kernels, and fewer threads for the one would be fewer for the other.
 os.environ.setdefault("NUMBA_NUM_THREADS", str(max(torch.get_num_threads(), len(os.sched_getaffinity(0)))))
 
-from vllm_quest.kernels.cpu.attend import attend_pages
-from vllm_quest.kernels.cpu.dequantize import dequantize_blocks
-from vllm_quest.kernels.cpu.score import score_pages
 from vllm_quest.kernels.cpu.select import select_pages
-from vllm_quest.kernels.cpu.store import store
-from vllm_quest.kernels.cpu.warm_up import warm_up
+from vllm_quest.kernels.cpu.warm_up import prepare
 
-__all__ = ["attend_pages", "dequantize_blocks", "score_pages", "select_pages", "store", "warm_up"]
+__all__ = ["prepare", "select_pages"]

@@ -1,4 +1,4 @@
-"""kmin and kmax of one page as compiled kernels read and write them; `reference_bounds` has the rules.
+"""kmin and kmax of one page as compiled kernels read and write them; `kernels.bounds` has the rules.
 
 Pages' bounds are ``[2, D]``: kmin, then kmax. In a kernel they are float32 on its stack.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from vllm_quest.kernels import reference_bounds
+from vllm_quest.kernels import bounds as reference
 from vllm_quest.kernels.cpu.memory import advance, get, load, put
 from vllm_quest.kernels.cpu.memory import store as store_tile
 from vllm_quest.kernels.cpu.rounding import bfloat16_above, bfloat16_below, ceil, floor, min_lane, where_equal
 from vllm_quest.kernels.cpu.simd import add, max_lane, maximum, minimum, multiply, splat, splat_like, subtract
 
 LANES = 16
-CODES = np.float32(reference_bounds.CODES)
-LARGEST = np.float32(reference_bounds.FLOAT32_MAX)
-TINY = np.float32(reference_bounds.TINY)
-LARGER = np.float32(reference_bounds.LARGER)
+CODES = np.float32(reference.CODES)
+LARGEST = np.float32(reference.FLOAT32_MAX)
+TINY = np.float32(reference.TINY)
+LARGER = np.float32(reference.LARGER)
 
 
 @njit(error_model="numpy")

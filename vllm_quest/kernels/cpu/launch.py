@@ -15,7 +15,8 @@ import numba
 import numpy as np
 import torch
 
-from vllm_quest.layout import Int4Keys, Int4Values, PageBounds
+from vllm_quest.formats.int4 import Int4Keys, Int4Values
+from vllm_quest.kernels.bounds import PageBounds
 
 # OpenMP costs 2 us a launch here, numba's own work queue over 100 us.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
@@ -28,13 +29,20 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 LARGEST = {name: np.float32(torch.finfo(dtype).max) for dtype, name in DTYPE_NAMES.items()}
 
 # Every kernel holds this as a free variable. Numba's cache on disk looks at the kernel's own file only; this
-# makes it notice a change of the instructions and functions that the kernel is written in, and of the
+# makes it notice a change of the instructions and functions that any kernel is written in, and of the
 # constants that it shares with the reference.
-SHARED = ("bounds", "elements", "folding", "memory", "nibbles", "rounding", "runs", "simd", "softmax")
-CONSTANTS = ("../reference_bounds", "../reference_int4")
-INSTRUCTIONS = hashlib.sha256(
-    b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in SHARED + CONSTANTS)
-).hexdigest()
+PACKAGE = Path(__file__).parents[2]
+SHARED = (
+    *(
+        f"kernels/cpu/{name}"
+        for name in ("bounds", "elements", "memory", "rounding", "runs", "simd", "softmax")
+    ),
+    "kernels/bounds",
+    "formats/int4/cpu/folding",
+    "formats/int4/cpu/nibbles",
+    "formats/int4/reference",
+)
+INSTRUCTIONS = hashlib.sha256(b"".join((PACKAGE / f"{name}.py").read_bytes() for name in SHARED)).hexdigest()
 
 
 def use_torch_threads() -> int:

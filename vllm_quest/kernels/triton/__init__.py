@@ -1,14 +1,44 @@
-"""The operations of QUEST in Triton, for GPUs: names and arguments of `vllm_quest.kernels.reference`.
+"""GPUs as a device: selection, and what Triton kernels share.
 
-Each is one launch, reads context lengths on the device, and allocates nothing where the caller passes `out`
-and `workspace`: a decode step can be captured in a CUDA graph.
+Each operation is one launch, reads context lengths on the device, and allocates nothing where the caller
+passes `out` and `workspace`: a decode step can be captured in a CUDA graph.
 """
 
-from vllm_quest.kernels.triton.attend import attend_pages
-from vllm_quest.kernels.triton.dequantize import dequantize_blocks
-from vllm_quest.kernels.triton.score import score_pages
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_quest.config import NO_CONTEXT
 from vllm_quest.kernels.triton.select import select_pages
-from vllm_quest.kernels.triton.store import store
 from vllm_quest.kernels.triton.workspace import Workspace
 
-__all__ = ["Workspace", "attend_pages", "dequantize_blocks", "score_pages", "select_pages", "store"]
+if TYPE_CHECKING:
+    from vllm_quest.config import QuestConfig
+    from vllm_quest.kernels.operations import Operations, Shapes
+    from vllm_quest.page import PageLayout
+
+__all__ = ["Workspace", "prepare", "select_pages"]
+
+
+def prepare(
+    operations: Operations, layout: PageLayout, config: QuestConfig, shapes: Shapes
+) -> dict[str, Any]:
+    """Allocates the scratch memory of a step.
+
+    Returns:
+        What the operations are given beside their arguments: ``workspace``.
+    """
+    reads_everything = shapes.any_dense_layer and not layout.format.is_dense
+    workspace = Workspace.for_decode(
+        max_rows=shapes.max_rows,
+        num_heads=shapes.num_heads,
+        num_kv_heads=shapes.num_kv_heads,
+        head_size=layout.block.head_size,
+        max_pages=shapes.max_pages,
+        budget_pages=config.budget_pages,
+        page_size=config.page_size,
+        score_elements=operations.score_elements(shapes),
+        sparse_context=NO_CONTEXT if reads_everything else config.sparse_context,
+        device=shapes.device,
+    )
+    return {"workspace": workspace}

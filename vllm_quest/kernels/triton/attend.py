@@ -1,176 +1,42 @@
-"""Attention of decode rows over the tokens of their selected pages only (section 3.3), split over the pages.
-
-Each split keeps a running softmax over its tiles of gathered tokens. The last split of a (row, KV head) to
-finish merges them by their log-sum-exp, in a fixed order: the result does not depend on which one was last.
-
-Rows of short contexts read all their pages and need no list; the kernel knows them by their lengths.
-"""
+"""How attention kernels of all formats are launched: splits, scratch memory, output."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
+from triton.runtime.jit import JITFunction
 
-from vllm_quest.kernels.triton.attend_int4 import Attention, int4_attention
-from vllm_quest.kernels.triton.launch import (
-    SPLIT_TOKENS,
-    check_cache,
-    check_group,
-    choose,
-    dot_type,
-    split_count,
-)
-from vllm_quest.kernels.triton.lookup import block_of, page_at, spread
-from vllm_quest.kernels.triton.merge import finish_split
-from vllm_quest.kernels.triton.split import split_range
+from vllm_quest.kernels.triton.launch import SPLIT_TOKENS, Choice, check_group, dot_type, split_count
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
-from vllm_quest.layout import Int4Keys, Int4Values, KeyCache, ValueCache
 
-__all__ = ["attend_pages"]
+__all__ = ["Attention", "attend"]
 
 LOG2E = 1.4426950408889634
-EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
+EVERY_ROW = 2**31 - 1  # a `sparse_context` that no context reaches
 
 
-@triton.jit(do_not_specialize=["splits", "min_context"])
-def _attend_kernel(
-    query,
-    key_cache,
-    value_cache,
-    block_table,
-    seq_lens,
-    page_indices,
-    out,
-    scratch,
-    arrivals,
-    scale_log2,
-    least_weight,
-    splits,
-    budget_pages,
-    min_context,
-    stride_query_row,
-    stride_query_head,
-    stride_block,
-    stride_kv_head,
-    stride_table,
-    stride_pages_row,
-    stride_pages_head,
-    stride_out_row,
-    stride_out_head,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    split = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(2).to(tl.int64)
-    seq_len = tl.load(seq_lens + row)
-    reads_list = seq_len >= min_context
-    pages = tl.cdiv(seq_len, PAGE_SIZE)
-    slots = tl.where(reads_list, tl.minimum(pages, budget_pages), pages) * PAGE_SIZE
-    visible_end = slots - (pages * PAGE_SIZE - seq_len)  # the row's last page is the last of its list
-    first, end, active = split_range(slots, TILE, split, splits)
-    head = tl.arange(0, 16)[:, None]
-    channel = tl.arange(0, HEAD_PAD)[None, :]
-    inside = (head < GROUP) & (channel < HEAD_SIZE)
-    out += row * stride_out_row + kv_head * GROUP * stride_out_head
-    acc = tl.zeros([16, HEAD_PAD], tl.float32)
-    if first >= end:
-        if active == 0 and split == 0:
-            tl.store(out + head * stride_out_head + channel, acc.to(out.dtype.element_ty), mask=inside)
-        return
+class Attention(NamedTuple):
+    """How attention reads a cache."""
 
-    query += row * stride_query_row + kv_head * GROUP * stride_query_head
-    q = tl.load(query + head * stride_query_head + channel, mask=inside, other=0.0).to(DOT)
-    key_cache += kv_head * stride_kv_head
-    value_cache += kv_head * stride_kv_head
-    block_table += row * stride_table
-    page_indices += row * stride_pages_row + kv_head * stride_pages_head
-    peak = tl.full([16], float("-inf"), tl.float32)
-    norm = tl.zeros([16], tl.float32)
-    PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
-    SPAN: tl.constexpr = min(TILE, PAGE_SIZE)
-    last_place = tl.cdiv(end, PAGE_SIZE)
-    listed = tl.where(reads_list, last_place, 0)
-    slot = first + tl.arange(0, TILE // SPAN) * SPAN
-    page = page_at(slot // PAGE_SIZE, listed, page_indices)
-    block = block_of(page, slot // PAGE_SIZE, last_place, block_table, PAGES_PER_BLOCK)
-    in_block = page % PAGES_PER_BLOCK * PAGE_SIZE + slot % PAGE_SIZE
-    page = page_at((slot + TILE) // PAGE_SIZE, listed, page_indices)
-    for start in tl.range(first, end, TILE):
-        offset = block.to(tl.int64) * stride_block + in_block * TOKEN_STRIDE
-        offset = spread(offset, TOKEN_STRIDE, SPAN, 8)  # 16 bytes
-        offset = offset[:, None] + channel
-        slot += TILE
-        block = block_of(page, slot // PAGE_SIZE, last_place, block_table, PAGES_PER_BLOCK)
-        in_block = page % PAGES_PER_BLOCK * PAGE_SIZE + slot % PAGE_SIZE
-        page = page_at((slot + TILE) // PAGE_SIZE, listed, page_indices)
-        visible = start + tl.arange(0, TILE) < visible_end
-        loaded = visible[:, None] & (channel < HEAD_SIZE)
-        key = tl.load(key_cache + offset, mask=loaded, other=0.0).to(DOT)
-        logits = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
-        logits = tl.where(visible[None, :], logits, float("-inf"))  # [16, TILE]
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(logits - base[:, None])
-        rescale = tl.exp2(peak - base)
-        if least_weight is not None:
-            read = tl.max(tl.where(head < GROUP, weights, 0.0), 0) > least_weight
-            weights = tl.where(read[None, :], weights, 0.0)
-            loaded = loaded & read[:, None]
-        norm = norm * rescale + tl.sum(weights, 1)
-        value = tl.load(value_cache + offset, mask=loaded, other=0.0).to(DOT)
-        acc = tl.dot(weights.to(DOT), value, acc * rescale[:, None], input_precision="ieee")
-        peak = new_peak
-
-    channels = tl.arange(0, HEAD_PAD)
-    finish_split(
-        acc, peak, norm, out, scratch, arrivals, row, kv_head, split, splits, active, stride_out_head,
-        channels, channels < HEAD_SIZE, GROUP, HEADS, HEAD_SIZE, HEAD_PAD,
-    )  # fmt: skip
+    kernel: JITFunction
+    parts: tuple  # of the cache, as the kernel is given them
+    strides: tuple[int, ...]  # theirs
+    constants: dict[str, Any]
+    num_kv_heads: int
+    choice: Choice
 
 
-def _attention(
-    key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: int, value_threshold: float | None
-) -> Attention:
-    """Attention over K and V in the model's dtype."""
-    check_cache(key_cache, value_cache, page_size)
-    _, num_kv_heads, block_size, head_size = key_cache.shape
-    kernel = "attend" if value_threshold is None else "attend_near"
-    return Attention(
-        kernel=_attend_kernel,
-        parts=(key_cache, value_cache),
-        strides=key_cache.stride()[:2],
-        constants={
-            "HEAD_SIZE": head_size,
-            "HEAD_PAD": triton.next_power_of_2(head_size),
-            "TOKEN_STRIDE": key_cache.stride(2),
-            "BLOCK_SIZE": block_size,
-            "PAGE_SIZE": page_size,
-        },
-        num_kv_heads=num_kv_heads,
-        choice=choose(kernel, head_size, key_cache.device),
-    )
-
-
-def attend_pages(
+def attend(
+    attention: Attention,
     query: torch.Tensor,
-    key_cache: KeyCache,
-    value_cache: ValueCache,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     page_indices: torch.Tensor | None,
     page_size: int,
     scale: float,
     *,
-    min_context: int = 0,
+    sparse_context: int = 0,
     value_threshold: float | None = None,
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
@@ -178,16 +44,15 @@ def attend_pages(
     """Attention over the tokens of the selected pages only. One launch, the merge of the splits included.
 
     Args:
+        attention: The kernel of a format, and the cache as that is given it.
         query: ``[R, Hq, D]``, contiguous in D; Hq / H at most 16.
-        key_cache: ``[B, H, N, D]``, contiguous in D, or 4-bit codes.
-        value_cache: ``[B, H, N, D]``, with the strides of `key_cache`, or 4-bit codes.
         block_table: ``[R, M]`` int32; only entries of pages to read are read.
         seq_lens: ``[R]`` int32; the last page may be partly filled. 0 for the padding rows of a CUDA graph.
         page_indices: ``[R, H, K]`` int32, as `select_pages` returns it: K of the row's pages in ascending
             order, or all it has, the last one always among them. None: every row reads every page.
         page_size: Tokens per page, a power of two.
         scale: Factor of q . k.
-        min_context: Rows of fewer tokens read every page, whatever `page_indices` holds.
+        sparse_context: Rows of fewer tokens read every page, whatever `page_indices` holds.
         value_threshold: V rows are not loaded where no query head of the group has e^-value_threshold of the
             largest probability that its split has met so far; None loads every V row.
         out: ``[R, Hq, D]``, written.
@@ -199,17 +64,11 @@ def attend_pages(
     Raises:
         ValueError: A shape or stride that the kernel does not handle.
     """
-    if isinstance(key_cache, Int4Keys) and isinstance(value_cache, Int4Values):
-        attention = int4_attention(key_cache, value_cache, page_size, value_threshold)
-    else:
-        assert isinstance(key_cache, torch.Tensor)
-        assert isinstance(value_cache, torch.Tensor)
-        attention = _attention(key_cache, value_cache, page_size, value_threshold)
     rows, num_heads, head_size = query.shape
     num_kv_heads = attention.num_kv_heads
     group = check_group(num_heads, num_kv_heads)
     if page_indices is None:  # its place is taken by what is not read
-        page_indices, min_context = block_table[:, None], EVERY_ROW
+        page_indices, sparse_context = block_table[:, None], EVERY_ROW
     budget_pages = page_indices.shape[2]
     if query.stride(2) != 1 or block_table.stride(1) != 1 or page_indices.stride(2) != 1:
         raise ValueError("query, block_table, page_indices: the last dimension must be contiguous")
@@ -220,7 +79,7 @@ def attend_pages(
 
     pairs = rows * num_kv_heads
     max_pages = block_table.shape[1] * (attention.constants["BLOCK_SIZE"] // page_size)
-    most_tokens = longest_read(max_pages, budget_pages, page_size, min_context)
+    most_tokens = longest_read(max_pages, budget_pages, page_size, sparse_context)
     splits = split_count("attend", pairs, triton.cdiv(most_tokens, SPLIT_TOKENS), query.device)
     needed = attend_scratch(pairs, group, head_size, most_tokens, query.device)
     if workspace is None:
@@ -239,7 +98,7 @@ def attend_pages(
         None if value_threshold is None else math.exp(-value_threshold),
         splits,
         budget_pages,
-        min_context,
+        sparse_context,
         query.stride(0),
         query.stride(1),
         *attention.strides,

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.layout import Int4Keys, Int4Values, PageBounds
+from vllm_quest.formats.int4 import Int4Keys, Int4Values
+from vllm_quest.kernels.bounds import PageBounds
 
 __all__ = [
     "CHUNK",

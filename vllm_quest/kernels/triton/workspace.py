@@ -5,15 +5,9 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from vllm_quest.kernels.triton.launch import CHUNK, SPLIT_TOKENS, choose, split_total
+from vllm_quest.kernels.triton.launch import CHUNK, SPLIT_TOKENS, split_total
 
-__all__ = ["Workspace", "attend_scratch", "longest_read", "score_scratch", "select_scratch"]
-
-
-def score_scratch(pairs: int, group: int, max_pages: int, head_size: int, device: torch.device) -> int:
-    """Elements for ``softmax_mean`` over `pairs` (row, KV head) pairs: each query head's scores, and sums."""
-    tiles = triton.cdiv(max_pages, choose("score", head_size, device).tile)
-    return group * (pairs * max_pages + 2 * split_total("score", pairs, tiles, device))
+__all__ = ["Workspace", "attend_scratch", "longest_read", "select_scratch"]
 
 
 def select_scratch(pairs: int, max_pages: int, budget_pages: int) -> int:
@@ -22,9 +16,9 @@ def select_scratch(pairs: int, max_pages: int, budget_pages: int) -> int:
     return 0 if chunks == 1 else pairs * 2 * chunks * min(budget_pages, CHUNK)
 
 
-def longest_read(max_pages: int, budget_pages: int, page_size: int, min_context: int) -> int:
+def longest_read(max_pages: int, budget_pages: int, page_size: int, sparse_context: int) -> int:
     """Tokens that one row of `attend_pages` reads at most, by its arguments."""
-    return min(max_pages * page_size, max(budget_pages * page_size, min_context - 1))
+    return min(max_pages * page_size, max(budget_pages * page_size, sparse_context - 1))
 
 
 def attend_scratch(pairs: int, group: int, head_size: int, most_tokens: int, device: torch.device) -> int:
@@ -68,8 +62,8 @@ class Workspace:
         max_pages: int,
         budget_pages: int,
         page_size: int,
-        group_reduce: str,
-        min_context: int = 0,
+        score_elements: int = 0,
+        sparse_context: int = 0,
         device: torch.device,
     ) -> "Workspace":
         """What score, select and attend of up to `max_rows` rows need.
@@ -82,19 +76,18 @@ class Workspace:
             max_pages: Pages of the block table's width, M * P.
             budget_pages: Pages read per (row, KV head), K.
             page_size: Tokens per page.
-            group_reduce: As for `score_pages`; only ``softmax_mean`` needs memory.
-            min_context: As for `attend_pages`.
+            score_elements: What the scorer needs, as its `score_scratch` says.
+            sparse_context: As for `attend_pages`.
             device: The GPU.
         """
         pairs, group = max_rows * num_kv_heads, num_heads // num_kv_heads
-        most_tokens = longest_read(max_pages, budget_pages, page_size, min_context)
-        elements = [
+        most_tokens = longest_read(max_pages, budget_pages, page_size, sparse_context)
+        elements = max(
+            score_elements,
             select_scratch(pairs, max_pages, budget_pages),
             attend_scratch(pairs, group, head_size, most_tokens, device),
-        ]
-        if group_reduce == "softmax_mean":
-            elements.append(score_scratch(pairs, group, max_pages, head_size, device))
-        return cls.allocate(max(elements), pairs, device)
+        )
+        return cls.allocate(elements, pairs, device)
 
     def check(self, elements: int, pairs: int) -> None:
         """Raises ValueError where the workspace is too small."""
