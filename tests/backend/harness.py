@@ -13,7 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-BLOCK_SIZE, NUM_BLOCKS, MAX_REQUESTS, MAX_MODEL_LEN = 32, 40, 4, 320
+BLOCK_SIZE, NUM_BLOCKS, MAX_REQUESTS, MAX_MODEL_LEN = 32, 50, 5, 320
 HEADS, KV_HEADS, HEAD_SIZE = 6, 2, 64
 SCALE = HEAD_SIZE**-0.5
 
@@ -126,6 +126,10 @@ class Engine:
 
     def step(self, work: list[tuple[int, int, bool]], seed: int) -> list[torch.Tensor]:
         """One step of (request, new tokens, still in its prompt); each layer's output ``[tokens, Hq, D]``."""
+        return self.run(self.batch(work), seed)
+
+    def batch(self, work: list[tuple[int, int, bool]]) -> CommonAttentionMetadata:
+        """The batch of one step, whose tokens the requests have from now on."""
         slots = []
         for request, count, _ in work:
             positions = torch.arange(self.lengths[request], self.lengths[request] + count)
@@ -136,7 +140,7 @@ class Engine:
         requests = [request for request, _, _ in work]
         starts = torch.tensor([0, *(count for _, count, _ in work)]).cumsum(0).int()
         seq_lens = torch.tensor([self.lengths[request] for request in requests], dtype=torch.int32)
-        batch = CommonAttentionMetadata(
+        return CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
             seq_lens=seq_lens,
@@ -149,10 +153,13 @@ class Engine:
             slot_mapping=torch.cat(slots),
             is_prefilling=torch.tensor([prompt for _, _, prompt in work]),
         )
-        metadata = self.builder.build(0, batch)
+
+    def run(self, batch: CommonAttentionMetadata, seed: int) -> list[torch.Tensor]:
+        """Runs both layers on a batch."""
+        metadata, tokens = self.builder.build(0, batch), batch.num_actual_tokens
         outputs = []
         for index, layer in enumerate(self.layers.values()):
-            query, key, value = inputs(int(starts[-1]), index, seed)
+            query, key, value = inputs(tokens, index, seed)
             output = torch.full_like(query, torch.nan)
             layer.impl.do_kv_cache_update(layer, key, value, self.caches[index], batch.slot_mapping)
             layer.impl.forward(layer, query, key, value, self.caches[index], metadata, output)

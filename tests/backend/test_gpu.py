@@ -10,8 +10,8 @@ import vllm_quest
 from tests.backend.harness import DenseBuilder, DenseImpl, Engine
 from tests.kernels import interpreter  # noqa: F401  must come before what imports our Triton kernels
 from vllm_quest.backend.cpu import QuestCPUBackend
-from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUImpl
-from vllm_quest.backend.gpu_metadata import QuestGPUMetadataBuilder
+from vllm_quest.backend.gpu import QuestGPUBackend, QuestGPUMetadataBuilder
+from vllm_quest.backend.impl import QuestImpl
 
 QUEST = {
     "token_budget": 48,
@@ -19,16 +19,16 @@ QUEST = {
     "dense_layers": 1,
     "sink_pages": 1,
     "recent_pages": 2,
-    "metadata_dtype": "auto",
+    "bounds_dtype": "auto",
 }
 
 
-class Builder(QuestGPUMetadataBuilder, DenseBuilder):
+class Builder(QuestGPUMetadataBuilder):
     dense_builder = DenseBuilder
 
 
-class Impl(QuestGPUImpl, DenseImpl):
-    pass
+class Impl(QuestImpl, DenseImpl):
+    dense_impl = DenseImpl
 
 
 class Backend(QuestGPUBackend, AttentionBackend):
@@ -61,7 +61,7 @@ STEPS = [
     [
         *[{"group_reduce": reduce} for reduce in ("max", "mean", "softmax_mean")],
         *[{"min_context": tokens} for tokens in (30, 72, 320)],  # within the budget, beyond, always
-        {"metadata_dtype": "int8"},
+        {"bounds_dtype": "int8"},
         {"token_budget": None},
     ],
 )
@@ -108,15 +108,10 @@ def test_padding_of_a_cuda_graph_writes_no_garbage() -> None:
     engine.step([(0, 80, True)], 0)
     engine.lengths[1] = -1  # with its one token: a request of length 0
     engine.tables[1] = 2**30
-    build = engine.builder.build
-
-    def padded(prefix, batch, fast_build=False):
-        batch.query_start_loc_cpu = torch.tensor([0, 1, 1], dtype=torch.int32)
-        batch.slot_mapping[1] = -1
-        return build(prefix, batch, fast_build)
-
-    engine.builder.build = padded
-    for output in engine.step([(0, 1, False), (1, 1, False)], 1):
+    batch = engine.batch([(0, 1, False), (1, 1, False)])
+    batch.query_start_loc_cpu = torch.tensor([0, 1, 1], dtype=torch.int32)
+    batch.slot_mapping[1] = -1
+    for output in engine.run(batch, 1):
         assert output[0].isfinite().all()
         assert output[1].eq(0).all()
 

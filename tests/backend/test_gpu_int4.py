@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from tests.backend import test_int4
-from tests.backend.harness import HEAD_SIZE, KV_HEADS, Engine, inputs
+from tests.backend.harness import BLOCK_SIZE, Engine, inputs
 from tests.backend.test_gpu import Backend
 from tests.backend.test_int4 import attention, decoded, stored
-from vllm_quest.backend.workspace import Workspace
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -41,21 +40,19 @@ def test_later_chunks_see_the_stored_context_and_themselves_as_they_are() -> Non
 
 
 def test_prompts_that_do_not_fit_together_take_turns() -> None:
-    """Two prompts and a decoding request, in a workspace of 96 tokens."""
+    """Four prompts and a decoding request, in a buffer of 1,024 tokens."""
     engine = Engine(Backend, INT4)
-    storage = engine.builder.workspace.kv.flatten()[: 96 * KV_HEADS * 2 * HEAD_SIZE]
-    workspace = Workspace(storage, engine.builder.layout, KV_HEADS)
-    engine.builder.workspace = workspace
-    for layer in engine.layers.values():
-        layer.impl.prefill_workspace = workspace
+    assert len(engine.builder.prefill.kv) == 1024 // BLOCK_SIZE
     engine.step([(0, 30, True)], seed=0)
-    for request, tokens in ((1, 60), (2, 50)):
-        engine.step([(request, tokens, True)], seed=request)
-    outputs = engine.step([(0, 1, False), (1, 15, True), (2, 15, True)], seed=9)
+    prompts = (1, 2, 3, 4)
+    for request in prompts:
+        engine.step([(request, 290 + request, True)], seed=request)
+    outputs = engine.step([(0, 1, False), *((request, 15, True) for request in prompts)], seed=9)
     for layer, output in enumerate(outputs):
-        query, key, value = inputs(31, layer, seed=9)
+        query, key, value = inputs(61, layer, seed=9)
         assert_reads(output[:1], query[:1], *decoded(engine, layer, 0))
-        for request, new in ((1, slice(1, 16)), (2, slice(16, 31))):
+        for place, request in enumerate(prompts):
+            new = slice(1 + 15 * place, 1 + 15 * (place + 1))
             keys, values = stored(engine, layer, request)
             keys, values = torch.cat((keys[:-15], key[new])), torch.cat((values[:-15], value[new]))
             assert_reads(output[new], query[new], keys, values)

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from tests.backend.harness import BLOCK_SIZE, HEADS, KV_HEADS, SCALE, Engine, inputs
-from vllm_quest.backend import layers
 from vllm_quest.backend.counting import StepCounts
 from vllm_quest.backend.cpu import QuestCPUBackend
-from vllm_quest.backend.workspace import take_turns
+from vllm_quest.backend.prefill import take_turns
 from vllm_quest.config import QuestConfig
-from vllm_quest.kernels.reference_int4 import dequantized, filling_pages
-from vllm_quest.layout import PageLayout
+from vllm_quest.formats.int4.reference import dequantized, filling_pages
+from vllm_quest.page import PageLayout
 
 PAGE_SIZE = 8
 DENSE = {"token_budget": None, "page_size": PAGE_SIZE}
@@ -28,7 +27,7 @@ def stored(engine: Engine, layer: int, request: int) -> tuple[torch.Tensor, torc
     blocks = engine.tables[request].long()
     keys, values = (
         cache[blocks].transpose(1, 2).flatten(0, 1)[: engine.lengths[request]]
-        for cache in dequantized(pages.key, pages.value)
+        for cache in dequantized(pages.cache)
     )
     return keys, values
 
@@ -38,9 +37,9 @@ def decoded(engine: Engine, layer: int, request: int) -> tuple[torch.Tensor, tor
     keys, values = stored(engine, layer, request)
     pages = engine.builder.layout.views(engine.caches[layer])
     table, seq_lens = engine.tables[request][None], torch.tensor([len(keys)])
-    page_size = engine.builder.layout.page_size
+    page_size = engine.builder.layout.block.page_size
     first = (len(keys) - 1) // page_size * page_size
-    last = filling_pages(pages.key, pages.value, table, seq_lens)  # [1, H, S, D] each
+    last = filling_pages(pages.cache, table, seq_lens)  # [1, H, S, D] each
     last_keys, last_values = (part[0].transpose(0, 1)[: len(keys) - first] for part in last)
     return torch.cat((keys[:first], last_keys)), torch.cat((values[:first], last_values))
 
@@ -54,21 +53,21 @@ def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
     return out.transpose(0, 1).float()
 
 
-@pytest.mark.parametrize("metadata_dtype", ["auto", "bfloat16"])
-def test_the_first_chunk_is_the_dense_result_to_the_bit(metadata_dtype) -> None:
+@pytest.mark.parametrize("bounds_dtype", ["auto", "bfloat16"])
+def test_the_first_chunk_is_the_dense_result_to_the_bit(bounds_dtype) -> None:
     work = [[(0, 100, True), (1, 17, True)], [(2, 1, True)]]
     dense, int4 = (
         Engine(QuestCPUBackend, quest, poison=1e3)
-        for quest in (DENSE, INT4 | {"metadata_dtype": metadata_dtype})
+        for quest in (DENSE, INT4 | {"bounds_dtype": bounds_dtype})
     )
     for seed, step in enumerate(work):
         for expected, out in zip(dense.step(step, seed), int4.step(step, seed), strict=True):
             assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("metadata_dtype", ["auto", "bfloat16"])
-def test_later_chunks_see_the_stored_context_and_themselves_as_they_are(metadata_dtype) -> None:
-    engine = Engine(QuestCPUBackend, INT4 | {"metadata_dtype": metadata_dtype})
+@pytest.mark.parametrize("bounds_dtype", ["auto", "bfloat16"])
+def test_later_chunks_see_the_stored_context_and_themselves_as_they_are(bounds_dtype) -> None:
+    engine = Engine(QuestCPUBackend, INT4 | {"bounds_dtype": bounds_dtype})
     engine.step([(0, 101, True), (3, 40, True)], seed=0)
     outputs = engine.step([(3, 1, False), (0, 70, True)], seed=1)
     for layer, output in enumerate(outputs):
@@ -82,7 +81,7 @@ def test_later_chunks_see_the_stored_context_and_themselves_as_they_are(metadata
 
 def test_prompts_that_do_not_fit_together_take_turns() -> None:
     engine = Engine(QuestCPUBackend, INT4)
-    assert len(engine.builder.workspace.kv) == 1024 // BLOCK_SIZE
+    assert len(engine.builder.prefill.kv) == 1024 // BLOCK_SIZE
     for request in range(4):
         engine.step([(request, 300 - request, True)], seed=request)  # together more than 1,024 tokens
     outputs = engine.step([(request, 15, True) for request in range(4)], seed=9)
@@ -110,21 +109,22 @@ def test_short_contexts_and_dense_layers_read_everything() -> None:
             assert torch.allclose(output[request], expected, rtol=1e-4, atol=1e-5) == is_dense
 
 
-def test_the_start_up_line_names_the_bounds(monkeypatch) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(layers.logger, "info", lambda text, *args: lines.append(text % args))
-    plan = layers.LayerPlan((), {"model.layers.0.attn": "budget"})
-    for metadata_dtype in ("auto", "bfloat16"):
-        layout = PageLayout(128, 16, 128, True, torch.bfloat16, "int4", metadata_dtype)
-        plan.log(QuestConfig.from_dict(INT4), layout, KV_HEADS)
-    assert "165 B (int4), bounds of 16 tokens 264 B (int8)" in lines[0]
-    assert "180 B (int4), bounds of 16 tokens 512 B (bfloat16)" in lines[1]
+@pytest.mark.parametrize(
+    ("bounds_dtype", "words"),
+    [
+        ("auto", "101 B (int4), bounds of 8 tokens 136 B (int8)"),
+        ("bfloat16", "116 B (int4), bounds of 8 tokens 256 B (bfloat16)"),
+    ],
+)
+def test_the_start_up_line_names_the_bounds(start_up_lines, bounds_dtype, words) -> None:
+    Engine(QuestCPUBackend, INT4 | {"bounds_dtype": bounds_dtype})
+    assert words in start_up_lines[0]
 
 
 def test_what_a_sparse_row_reads() -> None:
     """Codes and parameters of the selected tokens, all bounds and the selected ones again, two residuals."""
     config = QuestConfig.from_dict({"token_budget": 64, "page_size": 16, "kv_dtype": "int4"})
-    layout = PageLayout(128, 16, 128, True, torch.float32, "int4", "int8")
+    layout = PageLayout.configured(config, 128, 128, torch.float32, for_cpu=True)
     counts: Counter[str] = Counter()
     counters = SimpleNamespace(add=lambda name, count: counts.update({name: count}))
     StepCounts.of(config, 0, 2, torch.tensor([200, 333])).add_sparse_layer(counters, 3, layout)

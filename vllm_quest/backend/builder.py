@@ -32,7 +32,7 @@ __all__ = ["QuestMetadataBuilder"]
 MAX_BLOCK_PADDING = 8
 
 
-class QuestMetadataBuilder(AttentionMetadataBuilder[Step]):
+class QuestMetadataBuilder(AttentionMetadataBuilder):
     """What all devices share. A device says how it cuts a batch, and where its decode rows lie.
 
     Attributes:
@@ -127,8 +127,12 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[Step]):
 
     def _build(self, batch: CommonAttentionMetadata, fast_build: bool, is_counted: bool) -> Step:
         cut = self.cut(batch)
-        if is_counted:
-            self._count(batch, cut)
+        if is_counted and (counts := self.count(batch, cut)) is not None:
+            for reason, layers in self.plan.dense_counts.items():
+                counts.add_dense_layer(self.counters, reason, layers)
+            counts.add_sparse_layer(
+                self.counters, self.spec.num_kv_heads, self.layout, len(self.plan.sparse)
+            )
         has_rows = bool(cut.own_lens.any())
         whole = None
         if self.layout.format.is_dense and (self.plan.dense or not has_rows):
@@ -170,20 +174,17 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[Step]):
             metadata = self._part_builder.build(0, part, fast_build or len(turns) > 1)
             yield DenseRows(tokens, metadata, turn)
 
-    def _count(self, batch: CommonAttentionMetadata, cut: Cut) -> None:
-        """Counts the step on the host. Those of a drafting model come without lengths and do not count."""
+    def count(self, batch: CommonAttentionMetadata, cut: Cut) -> StepCounts | None:
+        """Counts one step, on the host. None for a drafting model's, which come without lengths."""
         known = self.host_lens(batch)
         if known is None:
-            return
+            return None
         request, after = row_owners(cut.decode_lens)
         lens = (known[request] - after).clamp(min=0)
         prefill_tokens = int(batch.query_start_loc_cpu[-1]) - len(request)
-        counts = StepCounts.of(
+        return StepCounts.of(
             self.config,
             prefill_tokens=max(prefill_tokens, 0),
             decode_rows=int((lens > 0).sum()),
             sparse_lens=lens[pages_to_score(lens, self.config) > 0],
         )
-        for reason, layers in self.plan.dense_counts.items():
-            counts.add_dense_layer(self.counters, reason, layers)
-        counts.add_sparse_layer(self.counters, self.spec.num_kv_heads, self.layout, len(self.plan.sparse))

@@ -38,7 +38,7 @@ class KVGroup:
     prefill: PrefillBuffer | None
 
 
-class QuestImpl(AttentionImpl[Step]):
+class QuestImpl(AttentionImpl):
     """What all devices share. A device mixes it with the impl of its dense kernel, and names that.
 
     Attributes:
