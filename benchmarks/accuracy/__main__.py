@@ -24,11 +24,12 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.accuracy import configurations, gate, sample_file
-from benchmarks.accuracy.arguments import of_samples
+from benchmarks.accuracy import configurations, sample_file
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.samples import Key, Sample
-from benchmarks.model import ModelError, prepare_model
+from benchmarks.accuracy.studies import gate
+from benchmarks.common.arguments import of_samples
+from tools.small_model import ModelError, prepare_model
 from vllm_quest.config import QuestConfig
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.configurations import Configurations, by_cache
 from benchmarks.accuracy.engine import References, Rouge, measure
 from benchmarks.accuracy.samples import Header, Key, Results, Sample, batches
-from benchmarks.machine import machine
+from benchmarks.common.machine import machine
 from vllm_quest.accuracy.instrument import TIMED_STEPS, Instrument
 from vllm_quest.config import QuestConfig
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.pairs import Ratio, first_context, percentile
+from benchmarks.common.pairs import Ratio, first_context, percentile
 
 
 def test_a_ratio_is_taken_pair_by_pair() -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.results_file import ResultsError, ResultsFile
+from benchmarks.common.results import ResultsError, ResultsFile
 
 ABOUT = {"command": "first", "date": "2026-01-01", "device": "CPU", "repeats": 5}
 KEYS = ("contender", "context")

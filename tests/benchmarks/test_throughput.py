@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from benchmarks.contenders import dense, quest, quest_entries
-from benchmarks.dummy_model import SIZES, write_config
-from benchmarks.pairs import Ratio
-from benchmarks.roofline import Geometry, Step
-from benchmarks.throughput_pair import quest_bytes
-from benchmarks.throughput_report import report
+from benchmarks.common.pairs import Ratio
+from benchmarks.engine.contenders import dense, quest, quest_entries
+from benchmarks.engine.dummy_model import SIZES, write_config
+from benchmarks.engine.throughput_pair import quest_bytes
+from benchmarks.engine.throughput_report import report
+from benchmarks.kernels.roofline import Geometry, Step
 from vllm_quest.config import QuestConfig, QuestConfigError
 
 
@@ -112,7 +112,7 @@ def measured_rows() -> list[dict]:
 
 
 def test_the_picture_is_drawn(tmp_path) -> None:
-    plots = pytest.importorskip("benchmarks.plots", reason="needs the extra 'plot'")
+    plots = pytest.importorskip("benchmarks.common.plots", reason="needs the extra 'plot'")
     plots.plot_throughput(measured_rows(), tmp_path / "throughput.png")
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
