@@ -8,7 +8,6 @@ All figures are measured in this run. Ends with status 1 if QUEST's pass-key ans
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -24,8 +23,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from tqdm import tqdm
 
+from benchmarks.common.arguments import command_line, json_object, of_model
 from benchmarks.common.machine import machine
-from benchmarks.engine.contenders import dense_defaults, quest_entries
+from benchmarks.common.results import write_json
+from benchmarks.engine.contenders import dense_defaults
 from benchmarks.engine.run import Engine, EngineRun
 from demo.documents import string_methods
 from demo.report import answers_text, as_json, figures, judge, table_text
@@ -71,7 +72,7 @@ def run_demo(model: str, arguments: argparse.Namespace) -> None:
             **as_json(verdicts, rows),
             "runs": {"dense": asdict(dense), "quest": asdict(quest)},
         }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.json, result)
     pass_key = verdicts[0]
     if not pass_key.quest_right or pass_key.quest != pass_key.dense:
         sys.exit("QUEST's pass-key answer is not the dense one.")
@@ -130,13 +131,10 @@ def _stage(bar: tqdm, work: str) -> Iterator[None]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demo", description=(__doc__ or "").split("\n")[0])
+    parser = command_line(__doc__, of_model())
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything measured to PATH")
-    parser.add_argument(
-        "--model", type=Path, metavar="PATH", help="model folder; default: SmolLM2-135M-Instruct"
-    )
     parser.add_argument("--token-budget", type=int, metavar="N", help="default: a quarter of the context")
-    parser.add_argument("--quest", type=quest_entries, default={}, metavar="JSON", help="its other fields")
+    parser.add_argument("--quest", type=json_object, default={}, metavar="JSON", help="its other fields")
     parser.add_argument("--repeats", type=int, metavar="N", default=5, help="of each timing; default: 5")
     arguments = parser.parse_args()
     if arguments.repeats < 1:

@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.common.tables import table
 from benchmarks.engine.run import EngineRun
 from demo.documents import Question
 from vllm_quest.config import QuestConfig
@@ -121,12 +122,11 @@ def _answer_text(verdict: Verdict) -> str:
 
 def table_text(rows: list[Figure]) -> str:
     """The figures, each with how QUEST compares; what it loses is said as plainly as what it gains."""
-    lines = [f"{'':56}{'dense':>10}{'QUEST':>10}"]
+    lines = []
     for row in rows:
         label = row.label if row.unit == "%" else f"{row.label}, {row.unit}"
-        cells = f"{label:56}{_cell(row.dense, row.unit):>10}{_cell(row.quest, row.unit):>10}"
-        lines.append(f"{cells}   {_comparison(row)}".rstrip())
-    return "\n".join(lines)
+        lines.append([label, _cell(row.dense, row.unit), _cell(row.quest, row.unit), _comparison(row)])
+    return table(("", "dense", "QUEST", ""), lines)
 
 
 def _cell(value: float | None, unit: str) -> str:

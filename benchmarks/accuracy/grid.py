@@ -7,7 +7,6 @@ prefill is paid once per engine.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.configurations import Configurations, by_cache
 from benchmarks.accuracy.engine import References, Rouge, measure
 from benchmarks.accuracy.samples import Header, Key, Results, Sample, batches
-from benchmarks.common.machine import machine
+from benchmarks.common.machine import command, machine
 from vllm_quest.accuracy.instrument import TIMED_STEPS, Instrument
 from vllm_quest.config import QuestConfig
 
@@ -149,7 +148,7 @@ class Grid:
             seconds_per_token=instrument.seconds_per_token(context) if self.timed else None,
             versions=facts | self.versions,
             machine=device | {"load": f"{os.getloadavg()[0]:.1f}"},
-            command=" ".join(["python -m benchmarks.accuracy", *sys.argv[1:]]),
+            command=command()["command"],
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 

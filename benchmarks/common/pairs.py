@@ -41,17 +41,6 @@ class Ratio:
         return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that `percent` of `values` do not exceed, interpolated between neighbours."""
-    if not values:
-        raise ValueError("no values")
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
 def first_context(holds: Callable[[int], bool], low: int, high: int, step: int) -> int:
     """The shortest context, in multiples of `step`, at which `holds`, found by bisection.
 

@@ -1,4 +1,4 @@
-"""A JSON file of rows that grows while a benchmark runs, and from which the same benchmark can go on."""
+"""Files of results: JSON that is written whole, JSON lines that grow, and rows that a run continues from."""
 
 from __future__ import annotations
 
@@ -7,12 +7,37 @@ from pathlib import Path
 from typing import Any
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` for people to read, too; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines, none if there is no file.
+
+    A last line that an interruption cut off is removed from the file.
+    """
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Adds a JSON line, on disk before this returns; makes file and folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
 class ResultsError(RuntimeError):
     """The file belongs to another measurement; says what differs."""
 
 
 class ResultsFile:
-    """Rows under the description of the measurement that they belong to.
+    """Rows under the description of their measurement, in a JSON file that the same measurement continues.
 
     Attributes:
         rows: Everything measured so far, earlier runs of the same measurement included.
@@ -24,7 +49,7 @@ class ResultsFile:
         Args:
             path: None keeps the rows in memory only.
             about: Machine, versions and settings. ``command`` and ``date`` may differ between the runs of one
-                measurement; the last ones stand in the file.
+                measurement; the file has the last ones.
             keys: What names a row.
 
         Raises:
@@ -53,5 +78,4 @@ class ResultsFile:
             raise ValueError(f"a row without {', '.join(missing)}: {row}")
         self.rows.append(json.loads(json.dumps(row)))
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n")
+            write_json(self.path, {"about": self.about, "rows": self.rows})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -60,15 +59,3 @@ def dense_defaults() -> list[str]:
         return ["CPU_ATTN"]
     return ["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "TRITON_ATTN:int4_per_token_head",
             "TURBOQUANT:turboquant_4bit_nc"]  # fmt: skip
-
-
-def quest_entries(text: str) -> dict[str, Any]:
-    """A command line's QUEST configuration.
-
-    Raises:
-        ValueError: Not a JSON object.
-    """
-    entries = json.loads(text)
-    if not isinstance(entries, dict):
-        raise ValueError(f"--quest: {text}; allowed: a JSON object with fields of additional_config['quest']")
-    return entries

@@ -25,11 +25,12 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
+from benchmarks.common.arguments import command_line, json_object, of_model, of_results
 from benchmarks.common.machine import command, machine
 from benchmarks.common.pairs import Ratio
 from benchmarks.common.results import ResultsError, ResultsFile
 from benchmarks.common.tables import table
-from benchmarks.engine.contenders import Contender, dense, dense_defaults, quest, quest_entries
+from benchmarks.engine.contenders import Contender, dense, dense_defaults, quest
 from benchmarks.engine.serve_load import Load, send, sparse_rows, write_prompts
 from benchmarks.engine.server import Server, ServerError, running_server
 from tools.small_model import ModelError, prepare_model
@@ -175,10 +176,7 @@ def _server_args(contender: Contender, model: str, arguments: argparse.Namespace
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, help="model folder; default: SmolLM2-135M-Instruct")
+    parser = command_line(__doc__, of_model(), of_results())
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.2], help="requests per second")
     parser.add_argument("--requests", type=int, default=12, help="of one round")
     parser.add_argument("--long-share", type=float, default=0.33)
@@ -189,17 +187,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kv-cache-gib", type=float, default=1, help="of each server")
     parser.add_argument("--goodput", nargs="+", default=["ttft:20000", "tpot:250"], help="milliseconds")
     parser.add_argument("--budget", type=int, default=1024, help="QUEST's token_budget")
-    parser.add_argument("--quest", type=quest_entries, default={}, metavar="JSON", help="its other fields")
+    parser.add_argument("--quest", type=json_object, default={}, metavar="JSON", help="its other fields")
     parser.add_argument("--dense", metavar="BACKEND[:KV_CACHE_DTYPE]", help="default: vLLM's choice")
     parser.add_argument("--rounds", type=int, default=2, help="of each rate")
     parser.add_argument("--limit", type=float, default=300, help="seconds that one round may take")
-    parser.add_argument("--json", type=Path, help="results; what is in it is not measured again")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=float("inf"),
-        help="start nothing new after that; 0 only prints --json",
-    )
     arguments = parser.parse_args()
     arguments.dense = arguments.dense or dense_defaults()[0]
     return arguments

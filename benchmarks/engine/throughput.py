@@ -27,13 +27,15 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
-from benchmarks.common.machine import bandwidth, command, machine
+from benchmarks.common.arguments import command_line, json_object, of_results
+from benchmarks.common.machine import command, machine
 from benchmarks.common.results import ResultsError, ResultsFile
-from benchmarks.engine.contenders import Contender, dense, dense_defaults, quest, quest_entries
+from benchmarks.engine.contenders import Contender, dense, dense_defaults, quest
 from benchmarks.engine.dummy_model import SIZES, write_config
 from benchmarks.engine.run import Engine
 from benchmarks.engine.throughput_pair import Pair
 from benchmarks.engine.throughput_report import report
+from benchmarks.kernels.bandwidth import bandwidth
 from tools.small_model import ModelError, prepare_model
 from vllm_quest.config import QuestConfigError
 
@@ -72,7 +74,7 @@ def run(contenders: list[Contender], model_args: dict[str, Any], arguments: argp
                 _measure(baseline, base, contender, cells, model_args, speed, results, deadline, arguments)
     print(report(results.rows))
     if arguments.plot:
-        from benchmarks.common.plots import plot_throughput
+        from benchmarks.engine.plots import plot_throughput
 
         plot_throughput(results.rows, arguments.plot)
 
@@ -179,9 +181,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, of_results())
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", type=Path, help="model folder; default: SmolLM2-135M-Instruct")
     model.add_argument("--geometry", choices=SIZES, help="random weights in this model's shapes")
@@ -196,7 +196,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quest",
         nargs="+",
-        type=quest_entries,
+        type=json_object,
         default=[{}],
         metavar="JSON",
         help="QUEST's other fields, a contender each",
@@ -204,7 +204,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kv-cache-gib", type=float, default=2, help="of each engine")
     parser.add_argument(
         "--engine-args",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help="more arguments of vLLM's LLM, both sides",
@@ -212,14 +212,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="decode steps of one timing")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--break-even", action="store_true", help="search the shortest context that pays")
-    parser.add_argument("--json", type=Path, help="results; what is in it is not measured again")
     parser.add_argument("--plot", type=Path, help="write a picture there")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=float("inf"),
-        help="start nothing new after that; 0 only prints --json",
-    )
     arguments = parser.parse_args()
     if arguments.layers and not arguments.geometry:
         parser.error("--layers: needs --geometry")

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-import torch
+import numpy as np
 
-from benchmarks.common.pairs import Ratio, first_context, percentile
+from benchmarks.common.pairs import Ratio, first_context
 from benchmarks.engine.contenders import Contender
 from benchmarks.engine.run import Engine
-from benchmarks.kernels.roofline import Geometry, Step
+from benchmarks.kernels.roofline import Geometry, Step, quest_bytes
 from vllm_quest.config import QuestConfig
-from vllm_quest.layout import PageLayout
 
 PROBE_STEPS, PROBE_REPEATS = 16, 3
 
@@ -123,15 +122,15 @@ class Pair:
     def _summary(self, side: int, samples: Samples, context: int, batch: int) -> dict[str, Any]:
         contender, engine = self.sides[side]
         attention, weights = self._bytes(contender, engine, context + self.steps // 2, batch)
-        milliseconds = [1000 * seconds for seconds in samples.intervals]
+        p50, p99 = (1000 * float(seconds) for seconds in np.percentile(samples.intervals, [50, 99]))
         cache = engine.config.cache_config
         limit = batch * self.speed * 1e9 / (attention + weights)
         summary = {
             "name": contender.name,
             "prefill_tokens_per_s": context / median(samples.prefill_s),
             "tokens_per_s": median(samples.tokens_per_s),
-            "tpot_p50_ms": percentile(milliseconds, 50),
-            "tpot_p99_ms": percentile(milliseconds, 99),
+            "tpot_p50_ms": p50,
+            "tpot_p99_ms": p99,
             "limit_tokens_per_s": limit,
             "share_of_limit": median(samples.tokens_per_s) / limit,
             "kv_tokens": cache.kv_cache_size_tokens,
@@ -172,18 +171,6 @@ class Pair:
 
 def _tokens_read(quest: QuestConfig, context: int) -> int:
     return context if quest.token_budget is None or context < quest.min_context else quest.token_budget
-
-
-def quest_bytes(quest: QuestConfig, head_size: int) -> dict[str, Any]:
-    """Bytes of K or V per token and of kmin or kmax per page; none where they are in the model's dtype."""
-    # Only asked what depends neither on the block's length nor on the model's dtype.
-    layout = PageLayout.configured(quest, quest.page_size, head_size, torch.bfloat16, for_cpu=False)
-    sizes = {}
-    if layout.is_int4:
-        sizes["kv_bytes"] = layout.token_bytes // 2
-    if layout.is_int4 or layout.has_coded_bounds:
-        sizes["bound_bytes"] = layout.bounds_bytes // 2
-    return sizes
 
 
 def _ratios(baseline: Samples, measured: Samples) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common.machine import bandwidth, command, machine
+from benchmarks.common.arguments import command_line, of_results
+from benchmarks.common.machine import command, machine
 from benchmarks.common.results import ResultsError, ResultsFile
 from benchmarks.common.tables import table
-from benchmarks.engine.throughput_pair import quest_bytes
+from benchmarks.kernels.bandwidth import bandwidth
 from benchmarks.kernels.cpu import GROUP, HEAD_SIZE, PARTS, TOKEN_BUDGET, Dense, Quest, measure
-from benchmarks.kernels.roofline import Geometry, Step
+from benchmarks.kernels.roofline import Geometry, Step, quest_bytes
 from vllm_quest.config import METADATA_DTYPES, QuestConfig
 
 BLOCK_SIZE = 128  # vLLM's on CPUs
@@ -42,7 +43,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(report(rows))
     if arguments.plot:
-        from benchmarks.common.plots import plot_context_cost
+        from benchmarks.kernels.plots import plot_context_cost
 
         plot_context_cost(rows, arguments.plot)
 
@@ -151,22 +152,13 @@ def first_where_scoring_exceeds(rows: list[dict[str, Any]], share: float) -> int
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, of_results())
     parser.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in range(10, 21)])
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--metadata-dtypes", nargs="+", choices=METADATA_DTYPES, default=["auto"])
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="results; what is in it is not measured again")
     parser.add_argument("--plot", type=Path, help="write a picture there")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=float("inf"),
-        help="start no page size after that; 0 only prints --json",
-    )
     return parser.parse_args()
 
 

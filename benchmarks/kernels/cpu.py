@@ -12,12 +12,8 @@ milliseconds: the median, and the 10th and 90th percentile.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import sys
 import time
-from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,9 +21,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-import vllm
 from vllm import _custom_ops as ops
 
+from benchmarks.common.arguments import command_line
+from benchmarks.common.machine import command, machine
+from benchmarks.common.results import write_json
+from benchmarks.common.tables import table
 from vllm_quest.kernels import cpu
 from vllm_quest.layout import Int4Values, PageLayout, PageViews
 
@@ -195,25 +194,22 @@ def report(times: dict[str, np.ndarray], context: int, dtype: torch.dtype) -> li
     """Prints one context's table and returns its rows."""
     totals = {name: summary(rows) for name, rows in times.items()}
     dense = min((name for name in times if name.startswith("dense")), key=lambda name: totals[name]["median"])
-    rows = []
-    print(f"\n{context:,} tokens, {str(dtype)[6:]}")
-    print(
-        f"  {'':46} {'median':>8} {'p10':>8} {'p90':>8} {'faster by':>10} "
-        + "".join(f"{p:>8}" for p in PARTS)
-    )
+    rows, lines = [], []
     for name, samples in times.items():
         total = totals[name]
         row: dict[str, Any] = {"context": context, "dtype": str(dtype)[6:], "name": name, **total}
         row["ratio"] = totals[dense]["median"] / total["median"]
         row["ratio_p10"] = totals[dense]["p10"] / total["p10"]
-        parts = ""
+        parts = [""] * len(PARTS)
         if not name.startswith("dense"):
             row["parts"] = dict(zip(PARTS, np.median(samples, 0).tolist(), strict=True))
-            parts = "".join(f"{part:8.3f}" for part in row["parts"].values())
-        loss = "  LOSES" if row["ratio"] < 1 and name.startswith("QUEST") else ""
-        figures = "".join(f" {total[key]:8.3f}" for key in ("median", "p10", "p90"))
-        print(f"  {name:46}{figures} {row['ratio']:9.2f}x {parts}{loss}")
+            parts = [f"{part:.3f}" for part in row["parts"].values()]
+        figures = [f"{total[key]:.3f}" for key in ("median", "p10", "p90")]
+        loss = "LOSES" if row["ratio"] < 1 and name.startswith("QUEST") else ""
+        lines.append([name, *figures, f"{row['ratio']:.2f}x", *parts, loss])
         rows.append(row)
+    columns = (f"{context:,} tokens, {str(dtype)[6:]}", "median", "p10", "p90", "faster by", *PARTS, "")
+    print(f"\n{table(columns, lines)}")
     return rows
 
 
@@ -232,25 +228,8 @@ def compare(dtype: torch.dtype, arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def machine() -> dict[str, object]:
-    with open("/proc/cpuinfo") as lines:
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "command": " ".join(["python -m benchmarks.kernels.cpu", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "cpu": model or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "vllm": vllm.__version__,
-        "huge pages": "yes" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "no",
-        "shape": f"{KV_HEADS} KV heads, group {GROUP}, head size {HEAD_SIZE}, budget {TOKEN_BUDGET}, 1 row",
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32])
@@ -262,13 +241,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    about = machine()
+    about = {
+        **command(),
+        **machine(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "numba": numba.__version__,
+        "huge pages": "yes" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "no",
+        "shape": f"{KV_HEADS} KV heads, group {GROUP}, head size {HEAD_SIZE}, budget {TOKEN_BUDGET}, 1 row",
+    }
     rows: list[dict] = []
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     for dtype in (getattr(torch, name) for name in arguments.dtypes):
         rows += compare(dtype, arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        write_json(arguments.json, {"machine": about, "rows": rows})
 
 
 if __name__ == "__main__":

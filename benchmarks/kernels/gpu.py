@@ -17,9 +17,7 @@ configuration. Without a GPU nothing runs.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,10 +27,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from benchmarks.engine.throughput_pair import quest_bytes
+from benchmarks.common.arguments import command_line
+from benchmarks.common.machine import command, machine
+from benchmarks.common.results import write_json
 from benchmarks.kernels.dense import DENSE
 from benchmarks.kernels.report import line, microseconds, ratios, series, summary
-from benchmarks.kernels.roofline import GEOMETRIES, Step
+from benchmarks.kernels.roofline import GEOMETRIES, Step, quest_bytes
 from benchmarks.kernels.steps import DTYPE, QuestLayers, Rows, dense_step
 from vllm_quest.config import KV_DTYPES, METADATA_DTYPES, QuestConfig
 from vllm_quest.layout import PageLayout
@@ -190,9 +190,7 @@ def configurations(arguments: argparse.Namespace) -> list[tuple[str, Step, PageL
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["llama-3.1-8b"])
     parser.add_argument("--context", nargs="+", type=int, default=[4096, 8192, 32768, 131072])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
@@ -211,24 +209,17 @@ def main() -> None:
         print("No GPU here: nothing was measured.")
         return
     benchmark = Benchmark(arguments.dense, arguments.repeats, arguments.operations)
-    device, bandwidth = torch.cuda.get_device_name(0), benchmark.bandwidth
-    print(f"{device}, {bandwidth:.0f} GB/s, torch {torch.__version__}, Triton {triton.__version__}")
     results: list[dict] = []
-    entries = {
-        "device": device,
-        "bandwidth": bandwidth,
-        "date": datetime.date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "results": results,
-    }
+    about = {**command(), **machine(), "Triton": triton.__version__, "bandwidth": benchmark.bandwidth}
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
     for configuration in configurations(arguments):
         results.append(benchmark.measure(*configuration))
         print(line(results[-1]), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+            write_json(arguments.json, {**about, "results": results})
     print(f"\n{microseconds(results)}\n\n{summary(results)}")
     if arguments.plot:
-        from benchmarks.common.plots import plot_kernels
+        from benchmarks.kernels.plots import plot_kernels
 
         plot_kernels(series(results), arguments.plot)
 

@@ -9,12 +9,18 @@ small arrays that pass from one kernel to the next stay in the L2 cache on a rea
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from benchmarks.common.arguments import command_line
 from benchmarks.common.pairs import first_context
+from benchmarks.common.results import write_json
+from benchmarks.common.tables import table
+from vllm_quest.config import QuestConfig
+from vllm_quest.layout import PageLayout
 
 SCORE_BYTES = INDEX_BYTES = 4  # float32 scores, int32 page numbers and block tables
 
@@ -108,6 +114,18 @@ class Step:
         return sum(self.dense().values()) / sum(self.quest().values())
 
 
+def quest_bytes(quest: QuestConfig, head_size: int) -> dict[str, Any]:
+    """Bytes of K or V per token and of kmin or kmax per page; none where they are in the model's dtype."""
+    # Only asked what depends neither on the block's length nor on the model's dtype.
+    layout = PageLayout.configured(quest, quest.page_size, head_size, torch.bfloat16, for_cpu=False)
+    sizes = {}
+    if layout.is_int4:
+        sizes["kv_bytes"] = layout.token_bytes // 2
+    if layout.is_int4 or layout.has_coded_bounds:
+        sizes["bound_bytes"] = layout.bounds_bytes // 2
+    return sizes
+
+
 def break_even(step: Step, target: float = 1.0) -> int:
     """The shortest context, in whole pages, at which the bytes allow a speed-up of more than `target`.
 
@@ -141,26 +159,23 @@ def report(name: str, step: Step, bandwidth: float) -> dict:
     }
 
 
-def line(row: dict) -> str:
-    mib = {kind: sum(row[kind].values()) / 2**20 for kind in ("dense", "quest")}
-    parts = ", ".join(f"{part} {size / 2**20:.2f}" for part, size in row["quest"].items())
-    return (
-        f"{row['geometry']:19}{row['batch']:6}{row['context']:9}{row['token_budget']:7}{row['page_size']:5}"
-        f"{mib['dense']:10.1f}{mib['quest']:9.1f}{row['speed_up']:8.2f}x{row['break_even']:11}"
-        f"{row['milliseconds']['dense']:9.4f}{row['milliseconds']['quest']:9.4f}   {parts}"
-    )
-
-
-HEADER = (
-    f"{'geometry':19}{'batch':>6}{'context':>9}{'budget':>7}{'page':>5}{'dense MiB':>10}{'QUEST':>9}"
-    f"{'limit':>9}{'break-even':>11}{'ms dense':>9}{'QUEST':>9}   QUEST's parts in MiB"
-)
+def table_text(rows: list[dict]) -> str:
+    """A line per row of `report`; QUEST's parts are in MiB, too."""
+    columns = ("geometry", "batch", "context", "budget", "page", "dense MiB", "QUEST", "limit", "break-even",
+               "ms dense", "QUEST", "QUEST's parts in MiB")  # fmt: skip
+    lines = []
+    for row in rows:
+        mib = [sum(row[kind].values()) / 2**20 for kind in ("dense", "quest")]
+        parts = ", ".join(f"{part} {size / 2**20:.2f}" for part, size in row["quest"].items())
+        settings = [str(row[key]) for key in ("geometry", "batch", "context", "token_budget", "page_size")]
+        limits = [f"{row['speed_up']:.2f}x", str(row["break_even"])]
+        times = [f"{row['milliseconds'][kind]:.4f}" for kind in ("dense", "quest")]
+        lines.append([*settings, *(f"{size:.1f}" for size in mib), *limits, *times, parts])
+    return table(columns, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=["llama-3.1-8b"])
     parser.add_argument("--context", nargs="+", type=int, default=[4096, 32768, 131072])
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
@@ -181,13 +196,9 @@ def main() -> None:
         for budget in arguments.budget
         for page_size in arguments.page_size
     ]
-    print(HEADER)
-    for row in rows:
-        print(line(row))
+    print(table_text(rows))
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"bandwidth": arguments.bandwidth, "rows": rows}, indent=1) + "\n"
-        )
+        write_json(arguments.json, {"bandwidth": arguments.bandwidth, "rows": rows})
 
 
 if __name__ == "__main__":

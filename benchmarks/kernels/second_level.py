@@ -11,12 +11,12 @@ reads: no algorithm reads less, as it would have to know the K-th best score fro
 
 from __future__ import annotations
 
-import argparse
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 
+from benchmarks.common.arguments import command_line
 from benchmarks.common.tables import table
 from tools.small_model import prepare_model
 
@@ -78,9 +78,7 @@ def share_read(keys: torch.Tensor, queries: torch.Tensor, page_size: int, pages:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, default=6144)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 32, 64, 256, 1024])

@@ -53,7 +53,7 @@ def test_the_summary_names_where_it_loses() -> None:
 
 
 def test_the_picture_is_drawn(tmp_path) -> None:
-    plots = pytest.importorskip("benchmarks.common.plots", reason="needs the extra 'plot'")
+    plots = pytest.importorskip("benchmarks.kernels.plots", reason="needs the extra 'plot'")
     path = tmp_path / "kernels.png"
     plots.plot_kernels(series(ROWS), path)
     assert path.read_bytes().startswith(b"\x89PNG")

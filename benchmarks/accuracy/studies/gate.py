@@ -11,7 +11,6 @@ Formats that others have can stand beside: their values in QUEST's pages, or vLL
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,9 @@ from benchmarks.accuracy.grid import DENSE
 from benchmarks.accuracy.samples import Sample, batches
 from benchmarks.accuracy.statistics import Interval, bootstrap
 from benchmarks.accuracy.studies.formats import FORMATS
+from benchmarks.common.arguments import command_line, json_object, of_model
 from benchmarks.common.machine import machine
+from benchmarks.common.results import write_json
 from tools.small_model import prepare_model
 from vllm_quest.accuracy.instrument import Continuation, Instrument, Position
 from vllm_quest.accuracy.probes import without_blank
@@ -105,9 +106,7 @@ def main(arguments: list[str]) -> None:
         for kind, loss in kinds.items():
             print(f"{name}: {_line(kind, loss)}", flush=True)
         if options.json:
-            options.json.write_text(
-                json.dumps(_as_json(model, options.context, engines, losses), indent=1) + "\n"
-            )
+            write_json(options.json, _as_json(model, options.context, engines, losses))
     if not all(loss.passes for kinds in losses.values() for loss in kinds.values()):
         sys.exit("the gate is not passed")
 
@@ -261,17 +260,12 @@ def _code(tokenizer: Any, context: int, count: int) -> list[Sample]:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy gate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", metavar="MODEL", help="folder or name; default: SmolLM2-135M-Instruct")
+    parser = command_line(__doc__, of_model(), command="gate")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens; default: 4096")
     parser.add_argument(
         "--quest",
         action="append",
-        type=json.loads,
+        type=json_object,
         metavar="JSON",
         help="a configuration; repeatable; default: dense attention over 4-bit caches",
     )
@@ -297,6 +291,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--contexts-at-once", type=int, default=1, metavar="N", help="as for the grid; default: 1"
     )
-    parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more of vLLM's")
+    parser.add_argument("--engine-args", type=json_object, default={}, metavar="JSON", help="more of vLLM's")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write everything measured to PATH")
     return parser.parse_args(arguments)

@@ -18,6 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.arguments import command_line, json_object, of_model
+from benchmarks.common.machine import command
+from benchmarks.common.results import write_json
 from tools.small_model import ModelError, prepare_model
 from vllm_quest.config import QuestConfig, QuestConfigError
 
@@ -91,10 +94,10 @@ def _measured(metrics: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     arguments = _arguments()
     try:
-        quest = {"decode_tail": arguments.decode_tail, **json.loads(arguments.quest)}
+        quest = {"decode_tail": arguments.decode_tail, **arguments.quest}
         QuestConfig.from_dict(quest)  # refuses wrong arguments before any work
         model = str(arguments.model or prepare_model())
-    except (ModelError, QuestConfigError, json.JSONDecodeError) as error:
+    except (ModelError, QuestConfigError) as error:
         sys.exit(f"error: {error}")
     tasks = arguments.tasks.split(",")
     engines = {"dense": None, "QUEST": quest}
@@ -103,21 +106,20 @@ def main() -> None:
         for name, entries in engines.items()
     }
     conditions = {"model": Path(model).name, "context": arguments.context, "limit": arguments.limit}
-    result = {**conditions, "quest": quest, "command": sys.argv[1:], "scores": scores}
+    result = {**conditions, "quest": quest, **command(), "scores": scores}
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.out, result)
     print(json.dumps(result, indent=1))
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.studies.harness", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--model", metavar="PATH", help="folder or name; default: SmolLM2-135M-Instruct")
+    parser = command_line(__doc__, of_model())
     parser.add_argument("--tasks", default="niah_single_1,niah_multikey_2", help="default: %(default)s")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens; default: %(default)s")
     parser.add_argument("--limit", type=int, metavar="N", help="samples per task; default: all")
-    parser.add_argument("--quest", default="{}", metavar="JSON", help="entries of the quest configuration")
+    parser.add_argument(
+        "--quest", type=json_object, default={}, metavar="JSON", help="entries of the quest configuration"
+    )
     parser.add_argument(
         "--decode-tail",
         type=int,

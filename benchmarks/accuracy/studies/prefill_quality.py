@@ -34,10 +34,12 @@ from benchmarks.accuracy.configurations import name_of
 from benchmarks.accuracy.engine import measure
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.samples import Key, Results, Sample, Score, by_context
-from benchmarks.accuracy.statistics import bootstrap
+from benchmarks.accuracy.statistics import Interval, bootstrap
 from benchmarks.accuracy.tasks.prompt import QUESTION_ROOM
-from benchmarks.common.arguments import of_experiment
-from benchmarks.common.machine import machine
+from benchmarks.common.arguments import command_line, of_experiment
+from benchmarks.common.machine import command, machine
+from benchmarks.common.results import write_json
+from benchmarks.common.tables import markdown
 from tools.small_model import ModelError, prepare_model
 from vllm_quest.accuracy.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
@@ -140,13 +142,13 @@ def main() -> None:
     except (ModelError, ValueError) as error:
         sys.exit(f"error: {error}")
     result = {
-        "command": " ".join(["python -m benchmarks.accuracy.studies.prefill_quality", *sys.argv[1:]]),
+        "command": command()["command"],
         "machine": machine(),
         "model": Path(model).name,
         "context": arguments.context,
         "arms": list(summaries(grid.results, samples, arms)),
     }
-    arguments.json_path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.json_path, result)
     print(_table(result["arms"]))
 
 
@@ -222,15 +224,16 @@ def _metrics(scores: Scores, group: Sequence[str], own: str, bases: dict[str, st
 
 
 def _table(arms: list[dict[str, Any]]) -> str:
-    lines = ["| task | decode | prefill | exact, % | KL | NLL | NLL, change | KL, change | exact, points |"]
-    lines.append("|---" * 9 + "|")
+    columns = ("task", "decode", "prefill", "exact, %", "KL", "NLL", "NLL, change", "KL, change",
+               "exact, points")  # fmt: skip
+    rows = []
     for task in arms[0]["tasks"]:
         for arm in arms:
             decode = "sparse" if arm["decode"]["token_budget"] else arm["decode"]["kv_dtype"]
             tail = f"tail of {arm['prefill']['decode_tail']}"
             prefill = f"chunks of {arm['chunk']}" if arm["chunk"] else tail
-            lines.append(f"| {' | '.join([task, decode, prefill, *_cells(arm['tasks'][task])])} |")
-    return "\n".join(lines)
+            rows.append([task, decode, prefill, *_cells(arm["tasks"][task])])
+    return markdown(columns, rows)
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
@@ -241,20 +244,14 @@ def _cells(found: dict[str, Any]) -> list[str]:
         f"{found['exact']:.0%}" if "exact" in found else "-",
         f"{found['kl']:.3f}",
         *(
-            "{:+.{}f} [{:+.{}f}, {:+.{}f}]".format(*(x for end in found[name] for x in (end * scale, digits)))
-            if name in found
-            else "-"
+            Interval(*found[name]).text(f"+.{digits}f", scale) if name in found else "-"
             for name, (scale, digits) in shown.items()
         ),
     ]
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.studies.prefill_quality",
-        description=(__doc__ or "").split("\n")[0],
-        parents=[of_experiment()],
-    )
+    parser = command_line(__doc__, of_experiment())
     add = parser.add_argument
     add("--budget", type=int, default=512, metavar="N", help="tokens; default: %(default)s")
     add("--tails", type=int, nargs="*", default=TAILS, metavar="N", help="last tokens of the context")
