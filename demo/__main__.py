@@ -81,7 +81,7 @@ def run_demo(model: str, arguments: argparse.Namespace) -> None:
 def _run_both(
     model: str, prompts: list[str], arguments: argparse.Namespace
 ) -> tuple[EngineRun, EngineRun, QuestConfig]:
-    """Dense, then QUEST with a quarter of the context unless a budget was named; timed in turns.
+    """Dense, then QUEST with a quarter of the context unless a budget was named; timed alternately.
 
     Whatever else the machine does meanwhile then slows both.
     """

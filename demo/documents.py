@@ -2,7 +2,7 @@
 
 The text is the chapter on string methods of Python's own documentation, which every CPython ships as
 ``pydoc_data.topics`` (Python Software Foundation License). Two facts are planted, as nobody could know them
-without reading the text; the other answers stand in the text as it is.
+without reading the text; the other answers are in the text as it is.
 """
 
 from __future__ import annotations

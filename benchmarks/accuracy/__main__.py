@@ -6,7 +6,7 @@
 
 Without further flags a grid of standard configurations is measured. ``--vary FIELD=A,B`` (for any field of
 the `quest` configuration, repeatable) measures each value alone around ``--base FIELD=VALUE``; with
-``--cross`` all combinations; ``--quest JSON`` adds one configuration. A run that was interrupted goes on
+``--cross`` all combinations; ``--quest JSON`` adds one configuration. A run that was interrupted continues
 where it stopped.
 """
 

@@ -93,7 +93,7 @@ def _right_answers(
 
     What a row reads follows from its context, so samples of equally long contexts share the growth of their
     batch by their rows. The sum is exact; what one sample has of it is as exact as its question and answer
-    are short beside the context.
+    are short compared with the context.
     """
     groups: dict[int, list[Key]] = defaultdict(list)
     for key, sample in samples.items():

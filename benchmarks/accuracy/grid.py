@@ -1,6 +1,6 @@
 """Measures tasks under many configurations: one engine per layout of the cache, dense first.
 
-Within an engine the configurations take turns at each context, or at as many as are measured at once, so its
+Within an engine the configurations alternate at each context, or at as many as are measured at once, so its
 prefill is paid once per engine.
 """
 
@@ -40,7 +40,7 @@ class Grid:
         engine_args: More of vLLM's arguments.
         timed: Whether the time per token is measured, which needs a machine that is otherwise idle.
         contexts_at_once: Contexts whose samples are decoded in one batch; all must fit the prefix cache.
-        versions: More of them, beside those of the machine.
+        versions: More of them, in addition to those of the machine.
     """
 
     model: str

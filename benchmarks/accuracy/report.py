@@ -1,9 +1,9 @@
-"""Tables and plots of measured accuracy, with what each configuration costs and saves beside it.
+"""Tables and plots of measured accuracy, with what each configuration costs and saves.
 
     python -m benchmarks.accuracy report FOLDER
 
-reads every ``*.jsonl`` of the grid in FOLDER and writes ``report.md``, ``report.json`` and the plots beside
-them.
+reads every ``*.jsonl`` of the grid in FOLDER and writes ``report.md``, ``report.json`` and the plots next
+to them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arithmetic of comparing two engines that were timed in turns."""
+"""The arithmetic of comparing two engines that were timed alternately."""
 
 from __future__ import annotations
 

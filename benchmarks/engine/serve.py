@@ -1,10 +1,10 @@
-"""A real server under load: short chats beside long documents, dense attention and QUEST in turns.
+"""A real server under load: short chats next to long documents, dense attention and QUEST alternating.
 
     python -m benchmarks.engine.serve [--rates 0.1 0.2] [--requests 12] [--long-share 0.33]
         [--long-tokens 6000] [--budget 1024] [--quest JSON] [--rounds 2] [--json PATH [--minutes M]]
 
-Both servers stand on loopback; while one is under ``vllm bench serve``, the other waits. A prompt that
-arrives while others decode is prefilled in chunks beside them: the counters at /metrics show that those
+Both servers listen on loopback; while one is under ``vllm bench serve``, the other waits. A prompt that
+arrives while others decode is prefilled in chunks next to them: the counters at /metrics show that those
 decode rows stay sparse, and the table says how many must be. Requests and time are bounded, and both servers
 end with the run. `benchmarks.engine.throughput` has the shares of the memory's limit: here steps mix all
 lengths.

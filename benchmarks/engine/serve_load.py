@@ -1,4 +1,4 @@
-"""Load for a server: short chats beside long documents, sent by ``vllm bench serve``."""
+"""Load for a server: short chats next to long documents, sent by ``vllm bench serve``."""
 
 from __future__ import annotations
 

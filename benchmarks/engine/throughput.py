@@ -4,11 +4,11 @@
         [--contexts 4096 7936] [--batches 1 4] [--budgets 1024] [--dense CPU_ATTN] [--quest JSON ...]
         [--engine-args JSON] [--repeats 5] [--break-even] [--json PATH [--minutes M]]
 
-The first dense backend is the baseline. Every other contender runs beside it, each in an engine of its own,
-and both do the same in turns, so that a ratio compares two moments that lie close together. Printed are
-medians; behind a ratio stand the lowest and the highest of its pairs. Times are those that vLLM stamps on its
-requests. A backend that cannot run here is named with its reason. With --json a run that was stopped goes on
-where it was. (`vllm bench latency` and `throughput` start an engine per figure, so they cannot take turns.)
+The first dense backend is the baseline. Every other contender runs next to it, each in an engine of its own.
+The two alternate, so that a ratio compares two moments that lie close together. Printed are medians; a ratio
+is followed by the lowest and the highest of its pairs. Times are those that vLLM stamps on its requests. A
+backend that cannot run here is named with its reason. With --json a run that was stopped continues where it
+was. (`vllm bench latency` and `throughput` start an engine per figure, so they cannot alternate.)
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _measure(
     deadline: float,
     arguments: argparse.Namespace,
 ) -> None:
-    """One contender beside the baseline, cell by cell until `deadline`."""
+    """One contender next to the baseline, cell by cell until `deadline`."""
     try:
         engine = _start(contender, model_args)
     except Exception as error:  # whatever vLLM says of a backend that is not there is the finding

@@ -1,4 +1,4 @@
-"""Two engines that do the same in turns."""
+"""Two engines that do the same, alternating."""
 
 from __future__ import annotations
 

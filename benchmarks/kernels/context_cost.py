@@ -3,7 +3,7 @@
     python -m benchmarks.kernels.context_cost [--contexts 1024 ... 1048576] [--page-sizes 8 16 32]
         [--metadata-dtypes auto int8] [--kv-heads 2] [--repeats 15] [--json PATH] [--plot PATH]
 
-No model: a random cache, the compiled CPU operations, and vLLM's dense kernel in turns with them: the
+No model: a random cache, the compiled CPU operations, and vLLM's dense kernel alternating with them: the
 contenders of `benchmarks.kernels.cpu`. Two KV heads keep a million tokens of K and V at 2 GiB (group 4, head
 size 128, float32); the parts of a step grow with the heads alike. The limit is the bytes of
 `benchmarks.kernels.roofline` at the bandwidth that this run measures. On GPUs: `benchmarks.kernels.gpu`, same

@@ -9,8 +9,8 @@ with its own cache, together larger than the L2 cache: every layer finds it cold
 medians of the graph's replays, divided by the layers. The limit is the bytes of `benchmarks.kernels.roofline`
 at the device's copy bandwidth, which is measured first. ``QUEST dense`` is QUEST without a budget: store, and
 attention over every page. A speed-up is QUEST's over the fastest dense kernel in the model's dtype; vLLM's
-4-bit caches stand beside it. Kernels that are not installed are named, with the reason. Behind the lines
-stand tables of all times and of the break-even contexts, and the worst case. --json is written after each
+4-bit caches are shown next to it. Kernels that are not installed are named, with the reason. After the lines
+come tables of all times and of the break-even contexts, and the worst case. --json is written after each
 configuration. Without a GPU nothing runs.
 """
 

@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from benchmarks.kernels.steps import Rows
 
-Layer = Any  # a kernel's own: the cache, and what it keeps beside it
+Layer = Any  # a kernel's own: the cache, and what it keeps with it
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What stands in a compiled kernel: registers, spills, loads, and what some Triton is known to get wrong."""
+"""What is in a compiled kernel: registers, spills, loads, and what some Triton is known to get wrong."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def in_loops(sass: str) -> list[str]:
 
 
 def _parse(sass: str) -> tuple[list[str], dict[str, int]]:
-    """The instructions in order, and by label the index of the one that it stands before."""
+    """The instructions in order, and by label the index of the one that it precedes."""
     instructions: list[str] = []
     labels = {}
     for line in sass.splitlines():

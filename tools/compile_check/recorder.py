@@ -42,7 +42,7 @@ TARGETS = {
 
 
 class Recorder:
-    """Stands in for a kernel and keeps what it would have been launched with."""
+    """Takes the place of a kernel and keeps what it would have been launched with."""
 
     def __init__(self, kernel) -> None:
         self.kernel = kernel
@@ -77,7 +77,7 @@ class Recorder:
 
 @contextmanager
 def recording(name: str, architecture: str) -> Iterator[Recorder]:
-    """Stands in for the kernel of module `name`, whose launcher believes to be on a GPU of `architecture`."""
+    """Replaces the kernel of module `name`, whose launcher believes to be on a GPU of `architecture`."""
     launch = importlib.import_module("vllm_quest.kernels.triton.launch")
     module = importlib.import_module(f"vllm_quest.kernels.triton.{name}")
     recorder = Recorder(getattr(module, f"_{name}_kernel"))

@@ -87,7 +87,7 @@ def parse(ptx: str) -> Kernel:
     instructions: list[Instruction] = []
     labels, register_types = {}, {}
     for statement in body.split(";"):
-        # Inline assembly stands in braces.
+        # Inline assembly is in braces.
         text = statement.strip().lstrip("{} \t\n")
         while found := re.match(r"(\$\w+):\s*", text):
             labels[found.group(1)] = len(instructions)

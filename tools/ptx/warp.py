@@ -77,7 +77,7 @@ def _store_matrices(machine: Machine, instruction: Instruction) -> None:
 
 
 def _multiply(machine: Machine, instruction: Instruction) -> None:
-    """`mma` of ``[16, 16]`` by ``[16, 8]``: which lane holds what stands in the PTX manual under m16n8k16."""
+    """`mma` of ``[16, 16]`` by ``[16, 8]``: which lane holds what is in the PTX manual under m16n8k16."""
     results, left, right, added = instruction.operands
     _, left_kind, right_kind, _ = instruction.types
     warps = machine.threads // WARP

@@ -71,7 +71,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(folder: Path) -> None:
-    """Builds beside `folder`, then renames, so that `folder` is either whole or absent."""
+    """Builds next to `folder`, then renames, so that `folder` is either whole or absent."""
     shutil.rmtree(folder, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

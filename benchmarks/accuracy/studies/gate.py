@@ -5,7 +5,7 @@
 
 Code and prose lose at most 0.01 nat per decoded token, key-value recall at most 2 points of its digits; each
 with a 95 % interval over samples, paired with dense. Ends with status 1 if a configuration's estimate fails.
-Formats that others have can stand beside: their values in QUEST's pages, or vLLM's own caches themselves.
+Formats that others have can be measured, too: their values in QUEST's pages, or vLLM's own caches themselves.
 """
 
 from __future__ import annotations

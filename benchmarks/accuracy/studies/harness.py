@@ -27,7 +27,7 @@ from vllm_quest.config import QuestConfig, QuestConfigError
 __all__ = ["run"]
 
 DECODE_TAIL = 64  # RULER's question about a needle with the chat template around it
-ROOM = 256  # for the chat template and the answer, beside `--context`
+ROOM = 256  # for the chat template and the answer, in addition to `--context`
 
 
 class CPUBuild(metadata.DistributionFinder):

@@ -5,7 +5,7 @@
 Prefill is made approximate in the two ways that the engine has. ``--tails``: the last tokens of the context
 select pages as decoded ones do; then question and answer are decoded by selected pages, or densely, which
 shows what prefill costs by itself; ``--quest`` configures them. ``--chunks``: with 4-bit pages, prompts in
-chunks of so many tokens, whose later ones read the earlier ones in 4 bits. Goes on where it stopped.
+chunks of so many tokens, whose later ones read the earlier ones in 4 bits. A run that was stopped continues.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def _measure(grid: Grid, arms: list[Arm]) -> None:
-    """Adds what is missing of arms that share an engine; tasks take turns, so that each has its share."""
+    """Adds what is missing of arms that share an engine; tasks alternate, so that each has its share."""
     missing = [
         (arm, wanted)
         for keys in sorted(by_context(grid.samples), key=lambda keys: keys[0][1])
@@ -182,7 +182,7 @@ def _measure(grid: Grid, arms: list[Arm]) -> None:
 def _one_more(sample: Sample) -> Sample:
     """With the question's first token behind the context.
 
-    Stepping begins with a prompt, whose last block vLLM computes anew. Here this is that token, not the end
+    Stepping begins with a prompt, whose last block vLLM computes again. Here this is that token, not the end
     of the context, which would become a chunk of its own.
     """
     first, *others = sample.question
