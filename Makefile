@@ -37,24 +37,24 @@ install-ray: install
 	$(BIN)/python -m pip install --editable ".[ray]"
 
 model: install
-	$(BIN)/python -m benchmarks.model
+	$(BIN)/python -m tools.small_model
 
 demo: install
-	$(BIN)/python -m benchmarks.demo $(ARGS)
+	$(BIN)/python -m demo $(ARGS)
 
 # Ten prompts, one of them bad, over two engines on a Ray cluster of this machine.
 demo-batch: install
-	$(BIN)/python -m benchmarks.demo_batch $(ARGS)
+	$(BIN)/python -m demo.batch $(ARGS)
 
 # Kernels, engine with memory, cost over context with a picture; CPU machines, under 10 minutes on two cores.
 # All cores compute; left alone, vLLM keeps one for its own processes.
 bench-quick: export OMP_WAIT_POLICY := PASSIVE
 bench-quick: export VLLM_CPU_OMP_THREADS_BIND := 0-$(shell nproc --ignore=1)
 bench-quick: install
-	$(BIN)/python -m benchmarks.cpu_kernels --contexts 8192 32768 --page-sizes 8 --formats int8-bounds --dtypes float32 --repeats 15
-	$(BIN)/python -m benchmarks.throughput --contexts 2048 6144 --batches 2 --repeats 3 --steps 16
+	$(BIN)/python -m benchmarks.kernels.cpu --contexts 8192 32768 --page-sizes 8 --formats int8-bounds --dtypes float32 --repeats 15
+	$(BIN)/python -m benchmarks.engine.throughput --contexts 2048 6144 --batches 2 --repeats 3 --steps 16
 	mkdir -p build
-	$(BIN)/python -m benchmarks.context_cost --contexts 1024 4096 16384 65536 262144 --page-sizes 8 \
+	$(BIN)/python -m benchmarks.kernels.context_cost --contexts 1024 4096 16384 65536 262144 --page-sizes 8 \
 	    --metadata-dtypes int8 --repeats 7 --plot build/context_cost.png
 
 # Most tests keep one core busy. A file stays in one process, its engines are shared; the order keeps long files apart.
@@ -77,7 +77,7 @@ accuracy-quick: export VLLM_CPU_OMP_THREADS_BIND := 0-$(shell nproc --ignore=1)
 accuracy-quick: install
 	$(BIN)/python -m benchmarks.accuracy $(QUICK_GRID) --samples 100 --tasks needle
 	$(BIN)/python -m benchmarks.accuracy $(QUICK_GRID) --samples 20 --tasks key_value,prose
-	$(BIN)/python -m benchmarks.accuracy.controls $(QUICK) --samples 100 --tasks needle \
+	$(BIN)/python -m benchmarks.accuracy.studies.controls $(QUICK) --samples 100 --tasks needle \
 	    --quest '$(LARGE_PAGES)'
 	$(BIN)/python -m benchmarks.accuracy report results/quick
 
@@ -87,7 +87,7 @@ lint: install
 	$(BIN)/mypy
 
 compile-check: install
-	$(BIN)/python -m benchmarks.compile_check $(ARGS)
+	$(BIN)/python -m tools.compile_check $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Measurements and the demo. They use local models only and send no usage statistics, unless told to."""
+"""Measurements; see README.md. They use local models only and send no usage statistics, unless told to."""
 
 import os
 

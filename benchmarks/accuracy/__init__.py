@@ -1,4 +1,4 @@
-"""What quality a configuration costs, on tasks, with everything it saves beside it.
+"""What quality a configuration costs, on tasks, and what it saves.
 
 python -m benchmarks.accuracy --help
 """

@@ -6,14 +6,13 @@
 
 Without further flags a grid of standard configurations is measured. ``--vary FIELD=A,B`` (for any field of
 the `quest` configuration, repeatable) measures each value alone around ``--base FIELD=VALUE``; with
-``--cross`` all combinations; ``--quest JSON`` adds one configuration. A run that was interrupted goes on
+``--cross`` all combinations; ``--quest JSON`` adds one configuration. A run that was interrupted continues
 where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,11 +23,12 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.accuracy import configurations, gate, sample_file
-from benchmarks.accuracy.arguments import of_samples
+from benchmarks.accuracy import configurations, sample_file
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.samples import Key, Sample
-from benchmarks.model import ModelError, prepare_model
+from benchmarks.accuracy.studies import gate
+from benchmarks.common.arguments import command_line, json_object, of_samples
+from tools.small_model import ModelError, prepare_model
 from vllm_quest.config import QuestConfig
 
 
@@ -103,18 +103,13 @@ def _configurations(arguments: argparse.Namespace) -> dict[str, QuestConfig]:
 def _report(arguments: list[str]) -> None:
     from benchmarks.accuracy.report import write_report
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy report")
+    parser = command_line("Writes tables and pictures of what the grid measured.", command="report")
     parser.add_argument("folder", type=Path, help="what --out named")
     print(write_report(parser.parse_args(arguments).folder))
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[of_samples(4096)],
-    )
+    parser = command_line(__doc__, of_samples(4096))
     add = parser.add_argument
     add("--tasks", metavar="A,B,...", help="default: all")
     add(
@@ -130,7 +125,7 @@ def _arguments() -> argparse.Namespace:
         "--quest",
         action="append",
         default=[],
-        type=json.loads,
+        type=json_object,
         metavar="JSON",
         help="one configuration; repeatable",
     )
@@ -144,7 +139,7 @@ def _arguments() -> argparse.Namespace:
         metavar="N",
         help="whose samples are one batch, for GPUs with --engine-args '{\"max_num_seqs\": ...}'; default: 1",
     )
-    add("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM")
+    add("--engine-args", type=json_object, default={}, metavar="JSON", help="more arguments of vLLM's LLM")
     return parser.parse_args()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import vllm_quest
-from benchmarks.accuracy.samples import Key, Sample, Score, whole_lines
+from benchmarks.accuracy.samples import Key, Sample, Score
+from benchmarks.common.results import append_line, read_lines
 from vllm_quest.tune.comparison import compare, nll
 from vllm_quest.tune.instrument import Continuation, Instrument, Position
 
@@ -24,8 +24,7 @@ class References:
         """Reads `path` if it exists."""
         self.path = path
         self._positions: dict[Key, list[Position]] = {}
-        for line in whole_lines(path):
-            task, index, answer = json.loads(line)
+        for task, index, answer in read_lines(path):
             self._positions[task, index] = [
                 Position(logprob, {int(token): value for token, value in top.items()})
                 for logprob, top in answer
@@ -39,9 +38,7 @@ class References:
 
     def add(self, key: Key, answer: list[Position]) -> None:
         """Keeps the positions of one answer."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps([*key, [[one.logprob, one.top] for one in answer]]) + "\n")
+        append_line(self.path, [*key, [[one.logprob, one.top] for one in answer]])
         self._positions[key] = answer
 
 
@@ -96,7 +93,7 @@ def _right_answers(
 
     What a row reads follows from its context, so samples of equally long contexts share the growth of their
     batch by their rows. The sum is exact; what one sample has of it is as exact as its question and answer
-    are short beside the context.
+    are short compared with the context.
     """
     groups: dict[int, list[Key]] = defaultdict(list)
     for key, sample in samples.items():

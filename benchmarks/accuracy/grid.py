@@ -1,13 +1,12 @@
 """Measures tasks under many configurations: one engine per layout of the cache, dense first.
 
-Within an engine the configurations take turns at each context, or at as many as are measured at once, so its
+Within an engine the configurations alternate at each context, or at as many as are measured at once, so its
 prefill is paid once per engine.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.configurations import Configurations, by_cache
 from benchmarks.accuracy.engine import References, Rouge, measure
 from benchmarks.accuracy.samples import Header, Key, Results, Sample, batches
-from benchmarks.machine import machine
+from benchmarks.common.machine import command, machine
 from vllm_quest.tune.instrument import TIMED_STEPS, Instrument
 from vllm_quest.config import QuestConfig
 
@@ -41,7 +40,7 @@ class Grid:
         engine_args: More of vLLM's arguments.
         timed: Whether the time per token is measured, which needs a machine that is otherwise idle.
         contexts_at_once: Contexts whose samples are decoded in one batch; all must fit the prefix cache.
-        versions: More of them, beside those of the machine.
+        versions: More of them, in addition to those of the machine.
     """
 
     model: str
@@ -149,7 +148,7 @@ class Grid:
             seconds_per_token=instrument.seconds_per_token(context) if self.timed else None,
             versions=facts | self.versions,
             machine=device | {"load": f"{os.getloadavg()[0]:.1f}"},
-            command=" ".join(["python -m benchmarks.accuracy", *sys.argv[1:]]),
+            command=command()["command"],
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 

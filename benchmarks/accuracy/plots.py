@@ -115,7 +115,7 @@ def _points(
 
 
 def _listed(number: int, name: str) -> str:
-    """A configuration of the front, its name in lines that fit beside the picture."""
+    """A configuration of the front, its name in lines that fit next to the picture."""
     return textwrap.fill(
         f"{number}  {name.replace('token_budget=', 'budget ')}", width=30, subsequent_indent="    "
     )

@@ -1,15 +1,14 @@
-"""Tables and plots of measured accuracy, with what each configuration costs and saves beside it.
+"""Tables and plots of measured accuracy, with what each configuration costs and saves.
 
     python -m benchmarks.accuracy report FOLDER
 
-reads every ``*.jsonl`` of the grid in FOLDER and writes ``report.md``, ``report.json`` and the plots beside
-them.
+reads every ``*.jsonl`` of the grid in FOLDER and writes ``report.md``, ``report.json`` and the plots next
+to them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from benchmarks.accuracy.cells import DENSE, Cell, Evaluation, Summary, evaluate
 from benchmarks.accuracy.plots import write_plots
 from benchmarks.accuracy.samples import Results
 from benchmarks.accuracy.statistics import Interval
+from benchmarks.common.results import write_json
+from benchmarks.common.tables import markdown
 
 __all__ = ["write_report"]
 
@@ -42,7 +43,7 @@ def write_report(folder: Path) -> str:
     evaluations = [evaluate(results) for results in measured]
     text = "\n".join(line for one in evaluations for line in _report(one))
     (folder / "report.md").write_text(text)
-    (folder / "report.json").write_text(json.dumps([_as_json(one) for one in evaluations], indent=1) + "\n")
+    write_json(folder / "report.json", [_as_json(one) for one in evaluations])
     try:
         pictures = [path for one in evaluations for path in write_plots(one, folder)]
     except ModuleNotFoundError as error:
@@ -57,32 +58,29 @@ def _report(one: Evaluation) -> Iterator[str]:
     yield f"\n`{header.command}`, {header.date}\n"
     yield "## Configurations\n"
     yield "Changes are to dense, paired by sample; 95 % intervals. **Bold**: the whole interval is worse.\n"
-    yield from _table(
+    yield markdown(
         ("configuration", "KV read per token", "of dense", "KV memory per token", "ms per token",
          "right answers", "change, points", "NLL change", "KL to dense"),
         (_summary_row(name, summary, one) for name, summary in one.summaries.items()),
-    )  # fmt: skip
+    ) + "\n"  # fmt: skip
     yield "## Tasks under dense attention\n"
-    yield from _table(
-        ("task", "samples", "exact", "ranked first", "NLL", "ROUGE-L", "judged by"),
-        (_dense_row(task, one.cells.get((DENSE, task)), how) for task, how in one.judged.items()),
+    yield (
+        markdown(
+            ("task", "samples", "exact", "ranked first", "NLL", "ROUGE-L", "judged by"),
+            (_dense_row(task, one.cells.get((DENSE, task)), how) for task, how in one.judged.items()),
+        )
+        + "\n"
     )
     yield "## Every task, every configuration\n"
     yield "Share of right answers as the task is judged; where by log-likelihood, the change of NLL, nat.\n"
     tasks = [task for task, how in one.judged.items() if how]
-    yield from _table(
-        ("configuration", *tasks),
-        ((name, *(_task_cell(one, name, task) for task in tasks)) for name in one.summaries),
+    yield (
+        markdown(
+            ("configuration", *tasks),
+            ((name, *(_task_cell(one, name, task) for task in tasks)) for name in one.summaries),
+        )
+        + "\n"
     )
-
-
-def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    titles = list(titles)
-    yield f"| {' | '.join(titles)} |"
-    yield "|---" * len(titles) + "|"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
-    yield ""
 
 
 def _summary_row(name: str, summary: Summary, one: Evaluation) -> tuple[str, ...]:
@@ -100,8 +98,8 @@ def _summary_row(name: str, summary: Summary, one: Evaluation) -> tuple[str, ...
         memory_text,
         f"{1000 * header.seconds_per_token:.1f}" if header.seconds_per_token else NOT_MEASURED,
         NOT_MEASURED if summary.right is None else f"{100 * summary.right:.1f} %",
-        "-" if summary is dense else _change(summary.right_change, 100, "{:+.1f}", higher_is_worse=False),
-        "-" if summary is dense else _change(summary.nll_change, 1, "{:+.3f}", higher_is_worse=True),
+        "-" if summary is dense else _change(summary.right_change, 100, "+.1f", higher_is_worse=False),
+        "-" if summary is dense else _change(summary.nll_change, 1, "+.3f", higher_is_worse=True),
         "-" if summary is dense else (NOT_MEASURED if summary.kl is None else f"{summary.kl:.4f}"),
     )
 
@@ -114,7 +112,7 @@ def _dense_row(task: str, cell: Cell | None, how: str | None) -> tuple[str, ...]
         str(cell.samples),
         _share(cell.exact),
         _share(cell.first) if cell.first else "-",
-        f"{cell.nll.value:.3f} [{cell.nll.low:.3f}, {cell.nll.high:.3f}]",
+        cell.nll.text(".3f"),
         f"{cell.rouge.value:.3f}" if cell.rouge else "-",
         JUDGED[how],
     )
@@ -131,7 +129,7 @@ def _task_cell(one: Evaluation, name: str, task: str) -> str:
         return f"**{text}**" if change and change.is_below else text
     if name == DENSE:
         return "-"
-    text = _change(cell.nll_change, 1, "{:+.3f}", higher_is_worse=True)
+    text = _change(cell.nll_change, 1, "+.3f", higher_is_worse=True)
     return f"{text}, ROUGE-L {cell.rouge.value:.3f}" if cell.rouge else text
 
 
@@ -142,9 +140,8 @@ def _share(share: Interval) -> str:
 def _change(change: Interval | None, scale: float, form: str, *, higher_is_worse: bool) -> str:
     if change is None:
         return NOT_MEASURED
-    value, low, high = (form.format(scale * end) for end in change)
     is_worse = change.is_above if higher_is_worse else change.is_below
-    return f"**{value}** [{low}, {high}]" if is_worse else f"{value} [{low}, {high}]"
+    return change.text(form, scale, mark="**" if is_worse else "")
 
 
 def _as_json(one: Evaluation) -> dict[str, Any]:

@@ -11,7 +11,10 @@ import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from benchmarks.accuracy.samples import Key, Sample
+from benchmarks.common.results import read_lines
 
 __all__ = ["Origin", "load", "save"]
 
@@ -50,25 +53,16 @@ def load(path: Path, wanted: Origin, tasks: list[str], count: int) -> tuple[Orig
     Raises:
         ValueError: The file has not all of them, or others than `wanted`, whose `python` does not matter.
     """
-    head, contexts, *entries = map(json.loads, path.read_text().splitlines())
+    head, contexts, *entries = read_lines(path)
     origin = Origin(**head)
     if replace(origin, python=wanted.python) != wanted:
         raise ValueError(f"{path} holds samples of {origin}; asked for: {wanted}")
-    found = {(task, index): _sample(fields, contexts) for task, index, fields in entries}
+    found = {
+        (task, index): msgspec.convert(fields | {"context": contexts[fields["context_id"]]}, Sample)
+        for task, index, fields in entries
+    }
     keys = [(task, index) for task in tasks for index in range(count)]
     if missing := [key for key in keys if key not in found]:
         task, index = missing[0]
         raise ValueError(f"{path} lacks sample {index} of {task}: delete it, or ask for fewer")
     return origin, {key: found[key] for key in keys}
-
-
-def _sample(fields: dict, contexts: dict[str, list[int]]) -> Sample:
-    return Sample(
-        **fields
-        | {
-            "context": tuple(contexts[fields["context_id"]]),
-            "question": tuple(fields["question"]),
-            "answer": tuple(fields["answer"]),
-            "distractors": tuple(map(tuple, fields["distractors"])),
-        }
-    )

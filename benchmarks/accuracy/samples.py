@@ -7,16 +7,16 @@ them back with `Results`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.common.results import append_line, read_lines
 from vllm_quest.tune.samples import Sample
 
-__all__ = ["Header", "Key", "Results", "Sample", "Score", "batches", "by_context", "whole_lines"]
+__all__ = ["Header", "Key", "Results", "Sample", "Score", "batches", "by_context"]
 
 Key = tuple[str, int]  # task, index of the sample in it
 _K = TypeVar("_K")
@@ -104,15 +104,6 @@ class Header:
     date: str
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that is appended to; one that an interruption cut off is removed from the file."""
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return whole.splitlines()
-
-
 class Results:
     """The raw results of one model and context length: JSON lines that are only ever appended to.
 
@@ -127,8 +118,8 @@ class Results:
         self.path = path
         self.headers: dict[str, Header] = {}
         self.scores: list[Score] = []
-        for line in whole_lines(path):
-            self._take(json.loads(line))
+        for line in read_lines(path):
+            self._take(line)
         self._done = {(score.configuration, score.task, score.sample) for score in self.scores}
 
     @classmethod
@@ -144,9 +135,7 @@ class Results:
         """Adds a record, on disk before this returns."""
         kind = "header" if isinstance(record, Header) else "score"
         line = {"kind": kind, **asdict(record)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, line)
         self._take(line)
         if isinstance(record, Score):
             self._done.add((record.configuration, record.task, record.sample))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 __all__ = ["Interval", "bootstrap", "wilson"]
 
-Z = 1.959964  # of the normal distribution, two-sided 95 %
 RESAMPLES = 2_000
 
 
@@ -37,13 +36,16 @@ class Interval(NamedTuple):
         """Whether all of it lies above zero."""
         return self.low > 0
 
+    def text(self, form: str, scale: float = 1, mark: str = "") -> str:
+        """``value [low, high]``, each times `scale` and formatted by `form`; `mark` around the value."""
+        value, low, high = (format(scale * end, form) for end in self)
+        return f"{mark}{value}{mark} [{low}, {high}]"
+
 
 def wilson(hits: int, count: int) -> Interval:
     """Share of `hits` among `count` trials, at least one, with Wilson's interval."""
-    share = hits / count
-    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    return Interval(share, min(share, centre - half), max(share, centre + half))
+    low, high = stats.binomtest(hits, count).proportion_ci(method="wilson")
+    return Interval(hits / count, float(low), float(high))
 
 
 def bootstrap(strata: Sequence[Sequence[float]]) -> Interval:
@@ -53,11 +55,12 @@ def bootstrap(strata: Sequence[Sequence[float]]) -> Interval:
         strata: Values of the samples of each task, at least one each. Differences to another configuration
             of the same samples make it paired.
     """
-    generator = np.random.default_rng(0)
-    means = np.zeros(RESAMPLES)
-    for values in strata:
-        array = np.asarray(values, dtype=float)
-        drawn = generator.integers(len(array), size=(RESAMPLES, len(array)))
-        means += array[drawn].mean(axis=1) / len(strata)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(np.mean([np.mean(values) for values in strata])), float(low), float(high))
+    # scipy refuses a single value; twice the same is the same distribution.
+    samples = [values if len(values) > 1 else [*values, *values] for values in strata]
+    found = stats.bootstrap(samples, _mean_of_means, n_resamples=RESAMPLES, method="percentile", rng=0)
+    low, high = found.confidence_interval
+    return Interval(float(_mean_of_means(*samples)), float(low), float(high))
+
+
+def _mean_of_means(*samples: Any, axis: int = -1) -> Any:
+    return sum(np.mean(values, axis) for values in samples) / len(samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.accuracy.formats import FLEXGEN_GROUP, flexgen, int4_per_token_head
+from benchmarks.accuracy.studies.formats import FLEXGEN_GROUP, flexgen, int4_per_token_head
 
 FINITE_EXTREMES = [0.0, -0.0, 3e38, -3e38, 1e-30]
 

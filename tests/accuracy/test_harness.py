@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from benchmarks.accuracy.harness import CPUBuild, _measured
+from benchmarks.accuracy.studies.harness import CPUBuild, _measured
 
 
 def test_the_cpu_build_answers_for_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy.mass import ESTIMATES, choose, page_masses, pages_for
+from benchmarks.accuracy.studies.mass import ESTIMATES, choose, page_masses, pages_for
 from vllm_quest.config import QuestConfig
 
 CONFIG = QuestConfig(page_size=8, sink_pages=1, recent_pages=2)

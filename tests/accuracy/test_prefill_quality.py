@@ -7,8 +7,8 @@ from statistics import fmean
 import pytest
 
 from benchmarks.accuracy.cells import DENSE
-from benchmarks.accuracy.prefill_quality import GRADED, TASKS, arms_of, summaries
 from benchmarks.accuracy.samples import Results, Score
+from benchmarks.accuracy.studies.prefill_quality import GRADED, TASKS, arms_of, summaries
 from vllm_quest.config import QuestConfigError
 
 ARMS = arms_of(512, {"page_size": 8}, [128, 1024], [256])

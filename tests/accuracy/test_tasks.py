@@ -12,7 +12,7 @@ from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.tasks import TASKS, TaskError, build, numbered, rouge_l, unranked
 from benchmarks.accuracy.tasks.prompt import QUESTION_ROOM, plant
 from benchmarks.accuracy.tasks.text import chapters, described_modules
-from benchmarks.model import prepare_model
+from tools.small_model import prepare_model
 
 COUNT = 50
 FOUND_IN_CONTEXT = ("needle", "key_value", "single_document_qa", "multi_document_qa")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.model import prepare_model
+from tools.small_model import prepare_model
 
 # Before Ray is imported: its processes then listen on loopback only, and report nothing.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.server import own_environment
+from benchmarks.engine.server import own_environment
 
 ENGINE = {
     "dtype": "float32",

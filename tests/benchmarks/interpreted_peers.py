@@ -65,10 +65,10 @@ def errors(kind: str) -> dict[str, float]:
     Returns:
         Of attention over what the format keeps of K and V, of the kernel's error, and of what 4 bits cost.
     """
-    from benchmarks.accuracy.formats import int4_per_token_head
-    from benchmarks.kernel_steps import Rows
-    from benchmarks.peer_kernels import PEERS
-    from benchmarks.roofline import Geometry
+    from benchmarks.accuracy.studies.formats import int4_per_token_head
+    from benchmarks.kernels.peers import PEERS
+    from benchmarks.kernels.roofline import Geometry
+    from benchmarks.kernels.steps import Rows
 
     torch.manual_seed(0)
     rows = Rows(Geometry(4, 2, 64), BATCH, CONTEXT, BLOCK_SIZE, device="cpu")

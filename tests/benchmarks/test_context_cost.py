@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.context_cost import first_where_scoring_exceeds, report
+from benchmarks.kernels.context_cost import first_where_scoring_exceeds, report
 
 
 def row(context: int, score: float, page_size: int = 16) -> dict:
@@ -41,7 +41,7 @@ def test_the_report_has_every_row() -> None:
 
 
 def test_the_picture_is_drawn(tmp_path) -> None:
-    plots = pytest.importorskip("benchmarks.plots", reason="needs the extra 'plot'")
+    plots = pytest.importorskip("benchmarks.kernels.plots", reason="needs the extra 'plot'")
     path = tmp_path / "cost.png"
     plots.plot_context_cost(ROWS, path)
     assert path.read_bytes().startswith(b"\x89PNG")

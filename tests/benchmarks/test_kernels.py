@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels_report import break_even, microseconds, ratios, series, summary
-from benchmarks.roofline import GEOMETRIES, Geometry
+from benchmarks.kernels.report import break_even, microseconds, ratios, series, summary
+from benchmarks.kernels.roofline import GEOMETRIES, Geometry
 from tests.kernels.interpreter import DEVICE, TOLERANCE
 from vllm_quest.kernels import reference
 from vllm_quest.layout import PageLayout
@@ -53,7 +53,7 @@ def test_the_summary_names_where_it_loses() -> None:
 
 
 def test_the_picture_is_drawn(tmp_path) -> None:
-    plots = pytest.importorskip("benchmarks.plots", reason="needs the extra 'plot'")
+    plots = pytest.importorskip("benchmarks.kernels.plots", reason="needs the extra 'plot'")
     path = tmp_path / "kernels.png"
     plots.plot_kernels(series(ROWS), path)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -85,7 +85,7 @@ def test_all_times_stand_in_one_table() -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int4"])
 def test_steps_attend_over_what_they_stored(kv_dtype) -> None:
-    from benchmarks.kernel_steps import DTYPE, QuestLayers, Rows
+    from benchmarks.kernels.steps import DTYPE, QuestLayers, Rows
 
     torch.manual_seed(3)
     rows = Rows(Geometry(4, 2, 64), 2, 75, 16, device=str(DEVICE))
@@ -108,7 +108,7 @@ def test_steps_attend_over_what_they_stored(kv_dtype) -> None:
 
 def test_each_configuration_is_written_at_once(monkeypatch, tmp_path, capsys) -> None:
     """Dense kernels are measured once for all of QUEST's settings; the last configuration breaks off."""
-    from benchmarks import kernels
+    from benchmarks.kernels import gpu as kernels
 
     measured = []
     path = tmp_path / "kernels.json"

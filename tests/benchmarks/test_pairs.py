@@ -1,13 +1,12 @@
-"""Ratios, percentiles and the search for a break-even context, without timing anything."""
+"""Ratios and the search for a break-even context, without timing anything."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.pairs import Ratio, first_context, percentile
+from benchmarks.common.pairs import Ratio, first_context
 
 
 def test_a_ratio_is_taken_pair_by_pair() -> None:
@@ -25,16 +24,6 @@ def test_a_ratio_shows_its_spread() -> None:
 def test_a_ratio_needs_pairs(sides) -> None:
     with pytest.raises(ValueError, match=r"no pairs|argument"):
         Ratio.of(*sides)
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(0, 100))
-def test_percentiles_are_numpys(values, percent) -> None:
-    assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)))
-
-
-def test_no_percentile_of_nothing() -> None:
-    with pytest.raises(ValueError, match="no values"):
-        percentile([], 50)
 
 
 @given(st.integers(1, 64), st.integers(1, 500), st.integers(0, 499), st.integers(0, 63))

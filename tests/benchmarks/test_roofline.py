@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.roofline import GEOMETRIES, Step, break_even, main
+from benchmarks.kernels.roofline import GEOMETRIES, Step, break_even, main
 
 LLAMA = GEOMETRIES["llama-3.1-8b"]
 

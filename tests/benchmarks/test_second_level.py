@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.second_level import group_scores, share_read
+from benchmarks.kernels.second_level import group_scores, share_read
 
 
 def test_scores_are_the_bound_of_equation_2() -> None:

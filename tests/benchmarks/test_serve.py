@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from benchmarks.contenders import dense, quest
-from benchmarks.serve import COUNTERS, FIGURES, report
-from benchmarks.serve_load import CHARS_PER_TOKEN, Load, sparse_rows, write_prompts
+from benchmarks.engine.contenders import dense, quest
+from benchmarks.engine.serve import COUNTERS, FIGURES, report
+from benchmarks.engine.serve_load import CHARS_PER_TOKEN, Load, sparse_rows, write_prompts
 from vllm_quest.config import QuestConfig
 
 LOAD = Load(12, 0.25, 1000, 8, rate=1.0, goodput=("ttft:1000",))

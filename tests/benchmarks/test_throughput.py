@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from benchmarks.contenders import dense, quest, quest_entries
-from benchmarks.dummy_model import SIZES, write_config
-from benchmarks.pairs import Ratio
-from benchmarks.roofline import Geometry, Step
-from benchmarks.throughput_pair import quest_bytes
-from benchmarks.throughput_report import report
+from benchmarks.common.pairs import Ratio
+from benchmarks.engine.contenders import dense, quest
+from benchmarks.engine.dummy_model import SIZES, write_config
+from benchmarks.engine.throughput_report import report
+from benchmarks.kernels.roofline import Geometry, Step, quest_bytes
 from vllm_quest.config import QuestConfig, QuestConfigError
 
 
@@ -32,8 +31,6 @@ def test_a_quest_contender_is_named_by_what_is_not_default() -> None:
 def test_wrong_entries_are_refused_before_an_engine_starts() -> None:
     with pytest.raises(QuestConfigError, match="page_size"):
         quest({"page_size": 7}, 1024)
-    with pytest.raises(ValueError, match="--quest"):
-        quest_entries("[1]")
 
 
 def test_fewer_layers_keep_the_share_of_the_vocabulary(tmp_path) -> None:
@@ -112,7 +109,7 @@ def measured_rows() -> list[dict]:
 
 
 def test_the_picture_is_drawn(tmp_path) -> None:
-    plots = pytest.importorskip("benchmarks.plots", reason="needs the extra 'plot'")
+    plots = pytest.importorskip("benchmarks.engine.plots", reason="needs the extra 'plot'")
     plots.plot_throughput(measured_rows(), tmp_path / "throughput.png")
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
 

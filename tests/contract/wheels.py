@@ -15,8 +15,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from benchmarks.model import cache_root
 from tests.contract.tree import Tree
+from tools.small_model import cache_root
 
 SUPPORTED = ("0.32.0", "0.33.0")
 # The tags that vLLM's x86-64 wheels have had; named, so that any machine gets the same files.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.model import prepare_model
+from tools.small_model import prepare_model
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 

@@ -8,8 +8,8 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks.accuracy.controls import BROKEN, broken_scorer
 from benchmarks.accuracy.samples import Sample
+from benchmarks.accuracy.studies.controls import BROKEN, broken_scorer
 from benchmarks.accuracy.tasks import build
 from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from benchmarks.accuracy.formats import FORMATS, FormatWorker, flexgen, int4_per_token_head
+from benchmarks.accuracy.studies.formats import FORMATS, FormatWorker, flexgen, int4_per_token_head
 from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.accuracy.prefill_quality import Prefilling, _one_more
 from benchmarks.accuracy.samples import Sample
+from benchmarks.accuracy.studies.prefill_quality import Prefilling, _one_more
 from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from benchmarks.server import Server, running_server
+from benchmarks.engine.server import Server, running_server
 
 pytestmark = pytest.mark.engine
 

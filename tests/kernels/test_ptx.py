@@ -1,4 +1,4 @@
-"""Compiled kernels, executed instruction by instruction on a CPU, against the reference; see `tests.ptx`.
+"""Compiled kernels, executed instruction by instruction on a CPU, against the reference; see `tools.ptx`.
 
 The interpreter of `test_triton_*.py` runs the source; what the compiler makes of it is executed here.
 """
@@ -10,7 +10,7 @@ import torch
 
 from tests.kernels.interpreter import TOLERANCE
 from tests.kernels.test_triton_score import CLOSE
-from tests.ptx.child import run
+from tests.tools.ptx_child import run
 
 HALF = {"dtype": torch.bfloat16, "page_size": 16, "head_size": 128, "num_kv_heads": 1}
 HALF_SMALL = {"dtype": torch.float16, "page_size": 8, "head_size": 64, "num_kv_heads": 2}

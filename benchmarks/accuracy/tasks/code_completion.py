@@ -19,7 +19,7 @@ QUESTIONS = 5
 DISTRACTORS = 4
 QUESTION_CHARS = 200
 MODULE_CHARS = 40_000  # shorter modules are not asked about, they fill up contexts
-SHARE_ABOVE = 0.5  # of a module's text that stands in the context
+SHARE_ABOVE = 0.5  # of a module's text that is in the context
 DEFINITION = re.compile(r"^ *(?:async )?def (\w{6,})\(", re.MULTILINE)
 CALL = re.compile(r"(?<!def )(?<!class )(?<![\w\"'])(\w{6,})\(")
 

@@ -1,4 +1,4 @@
-"""Questions whose answer stands in one of many documents.
+"""Questions whose answer is in one of many documents.
 
 The documents are descriptions of modules of Python's standard library, from their docstrings. Every one has
 an invented number in an archive, which a question asks for; other documents' numbers are the distractors.

@@ -20,11 +20,11 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a user's text in a conversation.
+    """What is around a user's text in a conversation.
 
     Attributes:
         head: Token ids before the text.
-        tail: What stands between the text and the model's answer.
+        tail: What is between the text and the model's answer.
     """
 
     head: tuple[int, ...]
@@ -52,7 +52,7 @@ def chat_frame(tokenizer: Any) -> Frame:
 
 
 def context_room(context_tokens: int, frame: Frame) -> int:
-    """Tokens of text that a context holds beside what the frame puts before it."""
+    """Tokens of text that a context holds in addition to what the frame puts before it."""
     return context_tokens - QUESTION_ROOM - len(frame.head)
 
 
@@ -86,7 +86,7 @@ def prose(rng: Random) -> list[str]:
 def plant(tokenizer: Any, facts: Sequence[str], room: int, rng: Random) -> list[int]:
     """Exactly `room` tokens of prose with every fact in it as a paragraph of its own.
 
-    Fact i of n stands somewhere in the i-th of n equal parts, so that facts cover all depths.
+    Fact i of n is somewhere in the i-th of n equal parts, so that facts cover all depths.
     """
     planted = [encode(tokenizer, f"{fact}\n\n") for fact in facts]
     total = room - sum(map(len, planted))

@@ -1,4 +1,4 @@
-"""Real prose, continued: what language modelling loses. Counts beside the six categories, on every model."""
+"""Real prose, continued: what language modelling loses. On every model, in addition to the six categories."""
 
 from __future__ import annotations
 

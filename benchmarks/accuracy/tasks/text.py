@@ -1,4 +1,4 @@
-"""Real text that every Python brings along, and names for facts that nobody can know without reading them.
+"""Real text that ships with every Python, and names for facts that nobody can know without reading them.
 
 Chapters of the language reference come from ``pydoc_data.topics``, source and docstrings from the standard
 library; both under the Python Software Foundation License. They differ a little between versions of Python,
@@ -63,7 +63,7 @@ class Document:
 
 @cache
 def chapters() -> tuple[Chapter, ...]:
-    """All chapters, by title. Some are also part of a longer one: every paragraph stands in one only."""
+    """All chapters, by title. Some are also part of a longer one: every paragraph is in one only."""
     seen: set[str] = set()
     found = {}
     for text in sorted(set(topics.values()), key=len, reverse=True):

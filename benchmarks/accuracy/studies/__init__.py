@@ -1,0 +1,1 @@
+"""Questions that the grid does not answer, each with a command of its own."""

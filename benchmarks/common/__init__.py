@@ -1,0 +1,1 @@
+"""What every benchmark uses: its machine, results, tables, arguments and pictures."""

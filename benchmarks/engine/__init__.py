@@ -1,0 +1,1 @@
+"""vLLM's engine and server, with dense backends and with QUEST, alternating."""

@@ -1,0 +1,1 @@
+"""What checks rather than measures; each tool has a README.md."""
