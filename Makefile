@@ -68,7 +68,7 @@ contract: install
 # A small grid on the small model, from nothing: its scores, two scorers broken on purpose, tables and pictures.
 # A hundred needles: with fifty, the intervals of the mean over the layer and the sound scorer overlap by two points
 # (pages of 16, bounds in the model's dtype, two dense layers, as the controls have them here).
-LARGE_PAGES := {"token_budget": 192, "page_size": 16, "metadata_dtype": "auto", "dense_layers": 2}
+LARGE_PAGES := {"token_budget": 192, "page_size": 16, "bounds_dtype": "auto", "dense_layers": 2}
 QUICK := --context 1024 --out results/quick
 QUICK_GRID := $(QUICK) --no-ranks --no-times --quest '{"token_budget": 192}' --quest '{"token_budget": 384}' \
     --quest '$(LARGE_PAGES)'

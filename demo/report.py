@@ -13,7 +13,7 @@ from benchmarks.common.tables import table
 from benchmarks.engine.run import EngineRun
 from demo.documents import Question
 from vllm_quest.config import QuestConfig
-from vllm_quest.layout import PageLayout
+from vllm_quest.page import PageLayout
 
 COLUMN = 52
 

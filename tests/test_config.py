@@ -15,7 +15,7 @@ def test_defaults_are_valid_and_frozen() -> None:
     config = QuestConfig.from_dict({})
     assert config == QuestConfig()
     assert (config.token_budget, config.page_size, config.dense_layers) == (2048, 8, 0)
-    assert (config.metadata_dtype, config.sink_pages, config.group_reduce) == ("int8", 1, "max")
+    assert (config.bounds_dtype, config.sink_pages, config.group_reduce) == ("int8", 1, "max")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.page_size = 16  # type: ignore[misc]
 
@@ -31,7 +31,7 @@ def test_every_field_can_be_set() -> None:
         "scorer": "minmax",
         "min_context": 4096,
         "kv_dtype": "int4",
-        "metadata_dtype": "bfloat16",
+        "bounds_dtype": "bfloat16",
         "value_group_size": 64,
         "value_threshold": 6.5,
         "decode_tail": 0,
@@ -52,7 +52,7 @@ def test_4_bit_pages_have_16_tokens_unless_told_otherwise() -> None:
 
 def test_vllms_cache_dtype_says_int4_as_kv_dtype_does() -> None:
     """Fields that stand with int4 only are then allowed, too."""
-    entries = {"metadata_dtype": "bfloat16", "value_group_size": 64}
+    entries = {"bounds_dtype": "bfloat16", "value_group_size": 64}
     vllm_config = SimpleNamespace(
         additional_config={"quest": entries},
         cache_config=SimpleNamespace(cache_dtype="quest_int4", user_specified_block_size=False),
@@ -77,8 +77,8 @@ def test_no_budget_means_everything() -> None:
         ({"token_budget": 0}, ["token_budget", "0", "at least 1"]),
         ({"token_budget": 1024.0}, ["token_budget", "1024.0", "an integer"]),
         ({"kv_dtype": "fp8"}, ["kv_dtype", "'fp8'", "auto, int4"]),
-        ({"metadata_dtype": "int4"}, ["metadata_dtype", "'int4'", "auto, int8, bfloat16"]),
-        ({"metadata_dtype": "bfloat16"}, ["metadata_dtype", "'bfloat16'", "auto, int8 unless kv_dtype=int4"]),
+        ({"bounds_dtype": "int4"}, ["bounds_dtype", "'int4'", "auto, int8, bfloat16"]),
+        ({"bounds_dtype": "bfloat16"}, ["bounds_dtype", "'bfloat16'", "auto, int8 unless kv_dtype=int4"]),
         ({"value_group_size": 48, "kv_dtype": "int4"}, ["value_group_size", "48", "None, 32, 64, 128"]),
         ({"value_group_size": 64}, ["value_group_size", "64", "kv_dtype=int4"]),
         ({"token_budget": 1001}, ["token_budget", "1001", "multiple of 8"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from vllm_quest.layout import Int4Keys, Int4Values, PageLayout, PageViews
 
 FORMATS = [("auto", "auto"), ("auto", "int8"), ("int4", "auto"), ("int4", "bfloat16")]

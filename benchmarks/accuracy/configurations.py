@@ -26,15 +26,15 @@ def standard(context: int) -> Configurations:
         "dense_layers": [2],
         "sink_pages": [0, 4],
         "recent_pages": [1, 8],
-        "metadata_dtype": ["auto"],
+        "bounds_dtype": ["auto"],
         "kv_dtype": ["int4"],
     }
     tight = replace(base, token_budget=_part(context, 8))
     combined = [
         *(replace(tight, page_size=size) for size in (16, 32, 64)),
         replace(tight, dense_layers=2),
-        replace(base, page_size=16, metadata_dtype="auto"),
-        replace(tight, page_size=16, metadata_dtype="auto"),
+        replace(base, page_size=16, bounds_dtype="auto"),
+        replace(tight, page_size=16, bounds_dtype="auto"),
         replace(base, kv_dtype="int4", token_budget=None),
         replace(base, kv_dtype="int4", token_budget=None, page_size=16),
         replace(base, kv_dtype="int4", page_size=16),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from vllm_quest.tune.worker import MeasuredWorker
 class AttentionTimer(MeasuredWorker):
     """Methods that vLLM adds to its worker when started with ``worker_extension_cls``.
 
-    Times what a layer's attention does in decode steps: storing K and V, and attending. Only for
-    ``enforce_eager=True``: a captured CUDA graph does not call Python.
+    Times what a layer's attention does in decode steps, by hooks of the module: storing K and V, and
+    attending. Only for ``enforce_eager=True``: a captured CUDA graph does not call Python.
     """
 
     attention_seconds: float
@@ -25,16 +24,19 @@ class AttentionTimer(MeasuredWorker):
     def start_attention_timer(self, rows: int = 1) -> None:
         """Starts timing steps of `rows` tokens, at 0 seconds."""
         self.attention_seconds, self.timed_rows = 0.0, rows
-        for layer in self._attention_layers():
-            for method, num_rows in (("forward", _rows_of_forward), ("do_kv_cache_update", _rows_of_update)):
-                if hasattr(layer.impl, method):  # backends that store inside forward lack the second
-                    setattr(layer.impl, method, self._timed(getattr(layer.impl, method), num_rows))
+        self._hooks = [
+            handle
+            for layer in self._attention_layers()
+            for handle in (
+                layer.register_forward_pre_hook(self._before),
+                layer.register_forward_hook(self._after),
+            )
+        ]
 
     def stop_attention_timer(self) -> float:
         """Stops timing; the seconds so far, all layers together."""
-        for layer in self._attention_layers():
-            for method in ("forward", "do_kv_cache_update"):
-                vars(layer.impl).pop(method, None)  # the class's own method shows again
+        for handle in self._hooks:
+            handle.remove()
         return self.attention_seconds
 
     def attention_backends(self) -> list[str]:
@@ -59,25 +61,17 @@ class AttentionTimer(MeasuredWorker):
 
         return list(get_layers_from_vllm_config(self.vllm_config, Attention).values())
 
-    def _timed(self, method: Callable[..., Any], num_rows: Callable[..., int]) -> Callable[..., Any]:
-        synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    def _before(self, layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(arguments[0]) == self.timed_rows:
+            _synchronize()
+            self._started = time.perf_counter()
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if num_rows(*args, **kwargs) != self.timed_rows:
-                return method(*args, **kwargs)
-            synchronize()
-            start = time.perf_counter()
-            result = method(*args, **kwargs)
-            synchronize()
-            self.attention_seconds += time.perf_counter() - start
-            return result
-
-        return call
+    def _after(self, layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: Any) -> None:
+        if len(arguments[0]) == self.timed_rows:
+            _synchronize()
+            self.attention_seconds += time.perf_counter() - self._started
 
 
-def _rows_of_forward(layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    return len(query)
-
-
-def _rows_of_update(layer: Any, key: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    return len(key)
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

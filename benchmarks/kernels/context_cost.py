@@ -1,7 +1,7 @@
 """One decode step of one layer from a thousand tokens to a million: where its time goes.
 
     python -m benchmarks.kernels.context_cost [--contexts 1024 ... 1048576] [--page-sizes 8 16 32]
-        [--metadata-dtypes auto int8] [--kv-heads 2] [--repeats 15] [--json PATH] [--plot PATH]
+        [--bounds-dtypes auto int8] [--kv-heads 2] [--repeats 15] [--json PATH] [--plot PATH]
 
 No model: a random cache, the compiled CPU operations, and vLLM's dense kernel alternating with them: the
 contenders of `benchmarks.kernels.cpu`. Two KV heads keep a million tokens of K and V at 2 GiB (group 4, head
@@ -29,7 +29,7 @@ from benchmarks.common.tables import table
 from benchmarks.kernels.bandwidth import bandwidth
 from benchmarks.kernels.cpu import GROUP, HEAD_SIZE, PARTS, TOKEN_BUDGET, Dense, Quest, measure
 from benchmarks.kernels.roofline import Geometry, Step, quest_bytes
-from vllm_quest.config import METADATA_DTYPES, QuestConfig
+from vllm_quest.config import BOUNDS_DTYPES, QuestConfig
 
 BLOCK_SIZE = 128  # vLLM's on CPUs
 DTYPE = torch.float32
@@ -54,18 +54,18 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     about = {**command(), **machine(), "shape": shape, "threads": torch.get_num_threads()}
     about |= {"token_budget": TOKEN_BUDGET, "repeats": arguments.repeats}
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
-    results = ResultsFile(arguments.json, about, ("page_size", "metadata_dtype", "context"))
+    results = ResultsFile(arguments.json, about, ("page_size", "bounds_dtype", "context"))
     deadline = time.monotonic() + 60 * arguments.minutes
     torch.manual_seed(0)
     dense = None
-    for page_size, metadata_dtype in product(arguments.page_sizes, arguments.metadata_dtypes):
-        pages = {"page_size": page_size, "metadata_dtype": metadata_dtype}
+    for page_size, bounds_dtype in product(arguments.page_sizes, arguments.bounds_dtypes):
+        pages = {"page_size": page_size, "bounds_dtype": bounds_dtype}
         contexts = [c for c in arguments.contexts if not results.find(**pages, context=c)]
         if not contexts or time.monotonic() > deadline:
             continue
         tokens = max(arguments.contexts)
         dense = dense or Dense(BLOCK_SIZE, tokens, DTYPE, arguments.kv_heads)
-        quest = Quest(BLOCK_SIZE, page_size, tokens, DTYPE, arguments.kv_heads, metadata_dtype)
+        quest = Quest(BLOCK_SIZE, page_size, tokens, DTYPE, arguments.kv_heads, bounds_dtype)
         speed = bandwidth()
         for context in contexts:
             print(f"{quest.name}, {context:,} tokens", file=sys.stderr, flush=True)
@@ -118,11 +118,11 @@ def report(rows: list[dict[str, Any]]) -> str:
         "p10-p90",
     ]
     lines = []
-    for row in sorted(rows, key=lambda row: (row["page_size"], row["metadata_dtype"], row["context"])):
+    for row in sorted(rows, key=lambda row: (row["page_size"], row["bounds_dtype"], row["context"])):
         ratio = row["ratio"]
         lines.append(
             [
-                *(str(row["page_size"]), row["metadata_dtype"], f"{row['context']:,}"),
+                *(str(row["page_size"]), row["bounds_dtype"], f"{row['context']:,}"),
                 *(f"{row['dense_ms']:.3f}", f"{100 * row['dense_limit_ms'] / row['dense_ms']:.0f} %"),
                 *(f"{row['quest_ms']:.3f}", f"{100 * row['quest_limit_ms'] / row['quest_ms']:.0f} %"),
                 *(f"{ratio['median']:.2f}x", f"{ratio['p10']:.2f}-{ratio['p90']:.2f}"),
@@ -130,9 +130,9 @@ def report(rows: list[dict[str, Any]]) -> str:
             ]
         )
     text = "\n" + table([*columns, *PARTS], lines) + "\n"
-    for page_size, metadata_dtype in sorted({(row["page_size"], row["metadata_dtype"]) for row in rows}):
-        mine = [r for r in rows if (r["page_size"], r["metadata_dtype"]) == (page_size, metadata_dtype)]
-        text += f"\n{page_size}-token pages, bounds {metadata_dtype}: " + "; ".join(
+    for page_size, bounds_dtype in sorted({(row["page_size"], row["bounds_dtype"]) for row in rows}):
+        mine = [r for r in rows if (r["page_size"], r["bounds_dtype"]) == (page_size, bounds_dtype)]
+        text += f"\n{page_size}-token pages, bounds {bounds_dtype}: " + "; ".join(
             f"scoring takes more than {words} from {context:,} tokens on"
             if (context := first_where_scoring_exceeds(mine, share))
             else f"scoring never takes more than {words}"
@@ -155,7 +155,7 @@ def _arguments() -> argparse.Namespace:
     parser = command_line(__doc__, of_results())
     parser.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in range(10, 21)])
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[8, 16, 32])
-    parser.add_argument("--metadata-dtypes", nargs="+", choices=METADATA_DTYPES, default=["auto"])
+    parser.add_argument("--bounds-dtypes", nargs="+", choices=BOUNDS_DTYPES, default=["auto"])
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--plot", type=Path, help="write a picture there")

@@ -27,17 +27,19 @@ from benchmarks.common.arguments import command_line
 from benchmarks.common.machine import command, machine
 from benchmarks.common.results import write_json
 from benchmarks.common.tables import table
-from vllm_quest.kernels import cpu
-from vllm_quest.layout import Int4Values, PageLayout, PageViews
+from vllm_quest.config import QuestConfig
+from vllm_quest.kernels.operations import Operations, Shapes
+from vllm_quest.kernels.operations import Rows as DecodeRows
+from vllm_quest.page import PageLayout, Pages
 
 KV_HEADS, GROUP, HEAD_SIZE = 8, 4, 128
 SCALE = HEAD_SIZE**-0.5
-TOKEN_BUDGET, SINK_PAGES, RECENT_PAGES = 2048, 1, 2
+TOKEN_BUDGET = 2048
 DENSE_BLOCK_SIZES = (32, 128)  # the smallest that the kernel takes, and the platform's default
 PARTS = ("store", "score", "select", "attend")
 FORMATS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "int8-bounds": {"metadata_dtype": "int8"},
+    "int8-bounds": {"bounds_dtype": "int8"},
     "int4": {"kv_dtype": "int4"},
     "int4-all-pages": {"kv_dtype": "int4", "selects": False},
 }
@@ -50,16 +52,16 @@ def random_cache(
     return cache.uniform_(-1, 1) if dtype.is_floating_point else cache.random_()
 
 
-def make_readable(views: PageViews) -> None:
+def make_readable(pages: Pages, kv_dtype: str) -> None:
     """Replaces random bits that are no bounds or parameters."""
-    values, params = views.bounds
+    values, params = pages.summary
     if params is not None:
         params.copy_(torch.tensor([-1, 2 / 255]))
     else:
         values.uniform_(-1, 1)
     values.copy_(values.sort(dim=3).values)
-    if isinstance(views.value, Int4Values):
-        views.value.params.copy_(torch.tensor([-1, 2 / 15]))
+    if kv_dtype == "int4":
+        pages.cache.value.params.copy_(torch.tensor([-1, 2 / 15]))
 
 
 class Requests:
@@ -126,45 +128,45 @@ class Quest:
         tokens: int,
         dtype: torch.dtype,
         kv_heads: int = KV_HEADS,
-        metadata_dtype: str = "auto",
+        bounds_dtype: str = "auto",
         kv_dtype: str = "auto",
         selects: bool = True,
     ) -> None:
-        formats = [kv_dtype] * (kv_dtype != "auto") + [f"{metadata_dtype} bounds"] * (
-            metadata_dtype != "auto"
-        )
+        formats = [kv_dtype] * (kv_dtype != "auto") + [f"{bounds_dtype} bounds"] * (bounds_dtype != "auto")
         self.name = ", ".join([f"QUEST{'' if selects else ', all'}, {page_size}-token pages", *formats])
-        self.block_size, self.page_size, self.tokens, self.kv_heads = block_size, page_size, tokens, kv_heads
+        self.block_size, self.tokens, self.kv_heads = block_size, tokens, kv_heads
         self.selects = selects
-        layout = PageLayout(block_size, page_size, HEAD_SIZE, True, dtype, kv_dtype, metadata_dtype)
+        self.config = QuestConfig(
+            token_budget=TOKEN_BUDGET, page_size=page_size, kv_dtype=kv_dtype, bounds_dtype=bounds_dtype
+        )
+        layout = PageLayout.configured(self.config, block_size, HEAD_SIZE, dtype, for_cpu=True)
         shape = (tokens // block_size, kv_heads, block_size, layout.content_size)
-        self.views = layout.views(random_cache(*shape, layout.cache_dtype))
-        make_readable(self.views)
+        self.pages = layout.views(random_cache(*shape, layout.cache_dtype))
+        make_readable(self.pages, kv_dtype)
         start = time.perf_counter()
-        cpu.warm_up(layout, kv_heads * GROUP, kv_heads, "max")
+        shapes = Shapes(kv_heads * GROUP, kv_heads, 1, tokens // page_size, False, torch.device("cpu"))
+        self.quest = Operations(layout, self.config, "cpu", shapes)
         self.compile_seconds = time.perf_counter() - start
 
     def prepare(self, context: int) -> None:
         self.requests = Requests(context, self.tokens, self.block_size)
-        self.num_pages = self.requests.seq_lens // self.page_size
+        self.num_pages = self.requests.seq_lens // self.config.page_size
 
     def step(self, repeat: int, query, key, value) -> list[float]:
         """Seconds of each part."""
-        views, (table, slots) = self.views, self.requests.step(repeat)
+        quest, pages, (table, slots) = self.quest, self.pages, self.requests.step(repeat)
+        rows = DecodeRows(table, self.requests.seq_lens, self.num_pages)
         clock = [time.perf_counter()]
-        cpu.store(key, value, views.key, views.value, views.bounds, slots)
+        quest.store(key, value, pages, slots)
         clock.append(time.perf_counter())
         if not self.selects:
-            seq_lens = self.requests.seq_lens
-            cpu.attend_pages(query, views.key, views.value, table, seq_lens, None, self.page_size, SCALE)
+            quest.attend_pages(query, pages, rows, None, SCALE)
             return [clock[1] - clock[0], 0, 0, time.perf_counter() - clock[1]]
-        scores = cpu.score_pages(query, views.bounds, table, self.num_pages, SCALE, "max")
+        scores = quest.score_pages(query, pages, rows, SCALE)
         clock.append(time.perf_counter())
-        budget = TOKEN_BUDGET // self.page_size
-        pages = cpu.select_pages(scores, self.num_pages, budget, SINK_PAGES, RECENT_PAGES)
+        selected = quest.select_pages(scores, rows)
         clock.append(time.perf_counter())
-        seq_lens = self.requests.seq_lens
-        cpu.attend_pages(query, views.key, views.value, table, seq_lens, pages, self.page_size, SCALE)
+        quest.attend_pages(query, pages, rows, selected, SCALE)
         clock.append(time.perf_counter())
         return list(np.diff(clock))
 

@@ -34,8 +34,8 @@ from benchmarks.kernels.dense import DENSE
 from benchmarks.kernels.report import line, microseconds, ratios, series, summary
 from benchmarks.kernels.roofline import GEOMETRIES, Step, quest_bytes
 from benchmarks.kernels.steps import DTYPE, QuestLayers, Rows, dense_step
-from vllm_quest.config import KV_DTYPES, METADATA_DTYPES, QuestConfig
-from vllm_quest.layout import PageLayout
+from vllm_quest.config import BOUNDS_DTYPES, QuestConfig
+from vllm_quest.formats import FORMATS
 
 MIN_LAYERS, MAX_LAYERS = 4, 64
 CACHE_BYTES = 8 << 30  # of all layers of a graph, in the model's dtype
@@ -123,11 +123,11 @@ class Benchmark:
                 self._dense[key].add(kind, partial(self.dense_ms, rows, kind))
         return self._dense[key]
 
-    def quest(self, rows: Rows, layout: PageLayout, token_budget: int) -> tuple[Measured, Measured]:
+    def quest(self, rows: Rows, config: QuestConfig) -> tuple[Measured, Measured]:
         """QUEST with its budget and without, and its launches alone where they are asked for."""
         found, alone, layers = Measured({}, {}), Measured({}, {}), layer_count(rows)
         try:
-            quest = QuestLayers(rows, layout, token_budget, layers)
+            quest = QuestLayers(rows, config, layers)
         except torch.OutOfMemoryError as error:
             found.left_out["QUEST"] = f"{type(error).__name__}: {error}".splitlines()[0]
             return found, alone
@@ -137,10 +137,10 @@ class Benchmark:
             alone.add(name, partial(self.layer_ms, launches, layers))
         return found, alone
 
-    def measure(self, name: str, step: Step, layout: PageLayout) -> dict[str, Any]:
+    def measure(self, name: str, step: Step, config: QuestConfig) -> dict[str, Any]:
         """One configuration: milliseconds per layer of QUEST and of each dense kernel that runs here."""
         rows = Rows(step.geometry, step.batch, step.context, step.block_size)
-        quest, alone = self.quest(rows, layout, step.token_budget)
+        quest, alone = self.quest(rows, config)
         dense = self.dense(rows)
         gb_per_s = sum(step.quest().values()) / 1e6 / quest.milliseconds.get("QUEST", math.nan)
         milliseconds = quest.milliseconds | dense.milliseconds
@@ -150,8 +150,8 @@ class Benchmark:
             "context": step.context,
             "token_budget": step.token_budget,
             "page_size": step.page_size,
-            "kv_dtype": layout.kv_dtype,
-            "metadata_dtype": layout.metadata_dtype,
+            "kv_dtype": config.kv_dtype,
+            "bounds_dtype": config.bounds_dtype,
             "block_size": step.block_size,
             "layers": layer_count(rows),
             "milliseconds": milliseconds,
@@ -166,26 +166,25 @@ class Benchmark:
         return row
 
 
-def configurations(arguments: argparse.Namespace) -> list[tuple[str, Step, PageLayout]]:
+def configurations(arguments: argparse.Namespace) -> list[tuple[str, Step, QuestConfig]]:
     """All that the arguments name, with the name of the geometry."""
     found = []
-    for name, batch, budget, page_size, kv_dtype, metadata_dtype, context in itertools.product(
+    for name, batch, budget, page_size, kv_dtype, bounds_dtype, context in itertools.product(
         arguments.geometry,
         arguments.batch,
         arguments.budget,
         arguments.page_size,
         arguments.kv_dtype,
-        arguments.metadata_dtype,
+        arguments.bounds_dtype,
         arguments.context,
     ):
         geometry, block_size = GEOMETRIES[name], max(arguments.block_size, page_size)
         pages = QuestConfig(
-            token_budget=budget, page_size=page_size, kv_dtype=kv_dtype, metadata_dtype=metadata_dtype
+            token_budget=budget, page_size=page_size, kv_dtype=kv_dtype, bounds_dtype=bounds_dtype
         )
         sizes = quest_bytes(pages, geometry.head_size)
         step = Step(geometry, batch, context, budget, page_size, block_size=block_size, **sizes)
-        layout = PageLayout.configured(pages, block_size, geometry.head_size, DTYPE, for_cpu=False)
-        found.append((name, step, layout))
+        found.append((name, step, pages))
     return found
 
 
@@ -197,8 +196,8 @@ def main() -> None:
     parser.add_argument("--budget", nargs="+", type=int, default=[2048])
     parser.add_argument("--page-size", nargs="+", type=int, default=[16])
     parser.add_argument("--block-size", type=int, default=16, help="or the page size, where that is larger")
-    parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=["auto"])
-    parser.add_argument("--metadata-dtype", nargs="+", choices=METADATA_DTYPES, default=["auto"])
+    parser.add_argument("--kv-dtype", nargs="+", choices=list(FORMATS), default=["auto"])
+    parser.add_argument("--bounds-dtype", nargs="+", choices=BOUNDS_DTYPES, default=["auto"])
     parser.add_argument("--dense", nargs="+", choices=DENSE, default=list(DENSE), help="vLLM's kernels")
     parser.add_argument("--operations", action="store_true", help="time each of QUEST's launches alone, too")
     parser.add_argument("--repeats", type=int, default=50)

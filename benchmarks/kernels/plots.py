@@ -12,7 +12,7 @@ COLOURS = {"store": "#9e9e9e", "score": "#d95f02", "select": "#7570b3", "attend"
 
 def plot_context_cost(rows: list[dict[str, Any]], path: Path) -> None:
     """Left: dense and QUEST by kind of page over the context. Right: the parts of QUEST's step."""
-    kinds = sorted({(row["page_size"], row["metadata_dtype"]) for row in rows})
+    kinds = sorted({(row["page_size"], row["bounds_dtype"]) for row in rows})
     shown = (16, "auto") if (16, "auto") in kinds else kinds[0]
     mine = _of(rows, shown)
     contexts = [row["context"] for row in mine]
@@ -65,10 +65,10 @@ def plot_kernels(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def _kind(kind: tuple[int, str]) -> str:
-    page_size, metadata_dtype = kind
-    return f"page {page_size}" + ("" if metadata_dtype == "auto" else f", {metadata_dtype} bounds")
+    page_size, bounds_dtype = kind
+    return f"page {page_size}" + ("" if bounds_dtype == "auto" else f", {bounds_dtype} bounds")
 
 
 def _of(rows: list[dict[str, Any]], kind: tuple[int, str]) -> list[dict[str, Any]]:
-    mine = [row for row in rows if (row["page_size"], row["metadata_dtype"]) == kind]
+    mine = [row for row in rows if (row["page_size"], row["bounds_dtype"]) == kind]
     return sorted(mine, key=lambda row: row["context"])

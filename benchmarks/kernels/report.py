@@ -33,7 +33,7 @@ def line(row: dict) -> str:
     text = (
         f"{row['geometry']:19} batch {row['batch']:<3} context {row['context']:<8}"
         f"budget {row['token_budget']:<6} page {row['page_size']:<3}{row['kv_dtype']:<5}"
-        f"bounds {row['metadata_dtype']:<5}"
+        f"bounds {row['bounds_dtype']:<5}"
         f"{times}us  {row['speed_up']:.2f}x  "
         f"{row['gb_per_s']:.0f} GB/s  {row['share_of_limit']:.0%} of the limit{missing}"
     )
@@ -47,7 +47,7 @@ def microseconds(rows: list[dict]) -> str:
     """A table of all times, named by what differs, and of both ratios: the second for 4-bit pages."""
     measured = {kind for row in rows for kind in row["milliseconds"]}
     kinds = [*QUEST, *sorted(measured - {*QUEST, *PEERS}), *(kind for kind in PEERS if kind in measured)]
-    settings = ("geometry", "token_budget", "page_size", "kv_dtype", "metadata_dtype")
+    settings = ("geometry", "token_budget", "page_size", "kv_dtype", "bounds_dtype")
     differing = [key for key in settings if len({row[key] for row in rows}) > 1]
     lines = []
     for row in rows:
@@ -90,7 +90,7 @@ def series(rows: list[dict]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["context"]):
         formats = "" if row["kv_dtype"] == "auto" else f", {row['kv_dtype']}"
-        formats += "" if row["metadata_dtype"] == "auto" else f", {row['metadata_dtype']} bounds"
+        formats += "" if row["bounds_dtype"] == "auto" else f", {row['bounds_dtype']} bounds"
         name = (
             f"{row['geometry']}, batch {row['batch']}, budget {row['token_budget']}, page {row['page_size']}"
         )

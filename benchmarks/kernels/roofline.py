@@ -20,7 +20,7 @@ from benchmarks.common.pairs import first_context
 from benchmarks.common.results import write_json
 from benchmarks.common.tables import table
 from vllm_quest.config import QuestConfig
-from vllm_quest.layout import PageLayout
+from vllm_quest.page import PageLayout
 
 SCORE_BYTES = INDEX_BYTES = 4  # float32 scores, int32 page numbers and block tables
 
@@ -118,11 +118,12 @@ def quest_bytes(quest: QuestConfig, head_size: int) -> dict[str, Any]:
     """Bytes of K or V per token and of kmin or kmax per page; none where they are in the model's dtype."""
     # Only asked what depends neither on the block's length nor on the model's dtype.
     layout = PageLayout.configured(quest, quest.page_size, head_size, torch.bfloat16, for_cpu=False)
-    sizes = {}
-    if layout.is_int4:
-        sizes["kv_bytes"] = layout.token_bytes // 2
-    if layout.is_int4 or layout.has_coded_bounds:
-        sizes["bound_bytes"] = layout.bounds_bytes // 2
+    block = layout.block
+    sizes, dense_bounds = {}, 2 * block.head_size * block.dtype.itemsize
+    if not layout.format.is_dense:
+        sizes["kv_bytes"] = layout.format.token_bytes(block) // 2
+    if not layout.format.is_dense or layout.scorer.page_bytes(block, layout.format) != dense_bounds:
+        sizes["bound_bytes"] = layout.scorer.page_bytes(block, layout.format) // 2
     return sizes
 
 

@@ -10,10 +10,11 @@ import torch
 from benchmarks.kernels.dense import DENSE
 from benchmarks.kernels.roofline import Geometry
 from benchmarks.kernels.vllm_cache import Layer
-from vllm_quest.kernels import triton as kernels
-from vllm_quest.layout import Int4Values, PageLayout, PageViews
+from vllm_quest.config import QuestConfig
+from vllm_quest.kernels.operations import Operations, Shapes
+from vllm_quest.kernels.operations import Rows as DecodeRows
+from vllm_quest.page import PageLayout, Pages
 
-SINK_PAGES, RECENT_PAGES = 1, 2
 DTYPE = torch.bfloat16
 FILL_TOKENS = 1 << 15
 
@@ -46,20 +47,21 @@ class Rows:
         return key, value
 
 
-def random_pages(rows: Rows, layout: PageLayout) -> PageViews:
+def random_pages(rows: Rows, layout: PageLayout) -> Pages:
     """One layer's cache: random K and V, and random bounds, but kmin below kmax."""
-    shape = (rows.num_blocks, rows.geometry.num_kv_heads, layout.block_size, layout.content_size)
-    if layout.is_int4:
+    shape = (rows.num_blocks, rows.geometry.num_kv_heads, layout.block.block_size, layout.content_size)
+    is_int4 = layout.format.name == "int4"
+    if is_int4:
         cache = torch.randint(256, shape, dtype=torch.uint8, device=rows.device)
     else:
         cache = torch.empty(shape, dtype=DTYPE, device=rows.device).normal_()
     pages = layout.views(cache)
-    if isinstance(pages.value, Int4Values):
-        pages.value.params.copy_(torch.tensor([-1, 2 / 15]))
-    bounds, params = pages.bounds
+    if is_int4:
+        pages.cache.value.params.copy_(torch.tensor([-1, 2 / 15]))
+    bounds, params = pages.summary
     if params is not None:
         params.copy_(torch.tensor([-1, 2 / 255]))
-    elif layout.is_int4:
+    elif is_int4:
         bounds.normal_()
     kmin, kmax = (bound.clone() for bound in bounds.unbind(3))
     torch.minimum(kmin, kmax, out=bounds[:, :, :, 0])
@@ -70,66 +72,41 @@ def random_pages(rows: Rows, layout: PageLayout) -> PageViews:
 class QuestLayers:
     """Layers with QUEST's pages, and what a decode step does in them: four launches per layer, or two."""
 
-    def __init__(self, rows: Rows, layout: PageLayout, token_budget: int, layers: int) -> None:
-        self.rows, self.page_size = rows, layout.page_size
+    def __init__(self, rows: Rows, config: QuestConfig, layers: int) -> None:
+        """`layers` layers of caches as `config` has them, in blocks of `rows.block_size` tokens."""
+        self.rows, geometry = rows, rows.geometry
+        layout = PageLayout.configured(config, rows.block_size, geometry.head_size, DTYPE, for_cpu=False)
         self.layers = [random_pages(rows, layout) for _ in range(layers)]
-        self.budget_pages, self.min_context = token_budget // layout.page_size, token_budget + 1
-        num_pages = (rows.seq_lens + layout.page_size - 1) // layout.page_size
-        self.pages_to_score = num_pages * (rows.seq_lens > token_budget)
-        max_pages = rows.block_table.shape[1] * layout.pages_per_block
-        self.workspace = kernels.Workspace.for_decode(
-            max_rows=len(rows.query),
-            num_heads=rows.geometry.num_heads,
-            num_kv_heads=rows.geometry.num_kv_heads,
-            head_size=rows.geometry.head_size,
-            max_pages=max_pages,
-            budget_pages=self.budget_pages,
-            page_size=layout.page_size,
-            group_reduce="max",
-            min_context=max_pages * layout.page_size + 1,  # `dense_step` reads every page
-            device=rows.query.device,
+        num_pages = (rows.seq_lens + config.page_size - 1) // config.page_size
+        num_pages *= rows.seq_lens >= config.sparse_context
+        self.decode_rows = DecodeRows(rows.block_table, rows.seq_lens, num_pages)
+        self.quest = Operations(
+            layout,
+            config,
+            "triton",
+            Shapes(
+                num_heads=geometry.num_heads,
+                num_kv_heads=geometry.num_kv_heads,
+                max_rows=len(rows.query),
+                max_pages=rows.block_table.shape[1] * layout.block.pages,
+                reads_everything=True,  # `dense_step` does
+                device=rows.query.device,
+            ),
         )
 
-    def store(self, pages: PageViews) -> None:
-        rows = self.rows
-        kernels.store(rows.key, rows.value, pages.key, pages.value, pages.bounds, rows.slot_mapping)
+    def store(self, pages: Pages) -> None:
+        self.quest.store(self.rows.key, self.rows.value, pages, self.rows.slot_mapping)
 
-    def score(self, pages: PageViews) -> torch.Tensor:
-        return kernels.score_pages(
-            self.rows.query,
-            pages.bounds,
-            self.rows.block_table,
-            self.pages_to_score,
-            self.rows.scale,
-            "max",
-            workspace=self.workspace,
-        )
+    def score(self, pages: Pages) -> torch.Tensor:
+        return self.quest.score_pages(self.rows.query, pages, self.decode_rows, self.rows.scale)
 
     def select(self, scores: torch.Tensor) -> torch.Tensor:
-        return kernels.select_pages(
-            scores,
-            self.pages_to_score,
-            self.budget_pages,
-            SINK_PAGES,
-            RECENT_PAGES,
-            workspace=self.workspace,
-        )
+        return self.quest.select_pages(scores, self.decode_rows)
 
-    def attend(self, pages: PageViews, page_indices: torch.Tensor | None) -> None:
+    def attend(self, pages: Pages, page_indices: torch.Tensor | None) -> None:
         """Attention over the selected pages; over all, where `page_indices` is None."""
-        kernels.attend_pages(
-            self.rows.query,
-            pages.key,
-            pages.value,
-            self.rows.block_table,
-            self.rows.seq_lens,
-            page_indices,
-            self.page_size,
-            self.rows.scale,
-            min_context=self.min_context,
-            out=self.rows.out,
-            workspace=self.workspace,
-        )
+        rows = self.rows
+        self.quest.attend_pages(rows.query, pages, self.decode_rows, page_indices, rows.scale, rows.out)
 
     def step(self) -> None:
         for pages in self.layers:

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_quest.tune import command, tune
+from vllm_quest.config import QuestConfig
+from vllm_quest.metrics import DIRECTORY_VARIABLE, CounterFile
+from vllm_quest.tune import command
+from vllm_quest.tune import search as tune
 from vllm_quest.tune.instrument import Position
 from vllm_quest.tune.probes import ProbeError, recall_samples, text_samples
 from vllm_quest.tune.samples import Sample
-from vllm_quest.config import QuestConfig
 
 CONTEXT = 4096
 
@@ -97,7 +99,7 @@ def test_the_cheapest_trial_within_the_loss() -> None:
     assert tune.cheapest([text, recall], 1.0) is None
 
 
-def test_measured_loss_and_reads(monkeypatch) -> None:
+def test_measured_loss_and_reads(monkeypatch, tmp_path) -> None:
     """Two layers, one dense: 10 decoded tokens, each reading a quarter in the sparse layer."""
     right, wrong = Position(-0.1, {7: -0.1, 8: -3.0}), Position(-1.1, {7: -1.1, 8: -0.2})
     text = Sample("text", "a", (1,) * 100, (2,), (7,))
@@ -105,11 +107,16 @@ def test_measured_loss_and_reads(monkeypatch) -> None:
     dense = tune.Dense(
         [[right], [right], [right, right]], recall=100.0, kv_bytes_per_token=40.0, dtype="float32"
     )
-    counters = iter([dict.fromkeys(("decode_rows_sparse", "decode_rows_dense_layer", "bytes_read"), 0)])
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    counters = CounterFile()
     grown = {"decode_rows_sparse": 10, "decode_rows_dense_layer": 10, "bytes_read": 10 * 20 * 100 // 4}
-    monkeypatch.setattr(tune.vllm_quest, "read_counters", lambda: next(counters, grown))
-    scores = [[[right], [wrong], [right, right, right, right, wrong]]]
-    instrument = SimpleNamespace(config=QuestConfig(), kv_bytes_per_token=44.0, score=lambda _: scores.pop())
+
+    def score(continuations) -> list[list[Position]]:
+        for name, amount in grown.items():
+            counters.add(name, amount)
+        return [[right], [wrong], [right, right, right, right, wrong]]
+
+    instrument = SimpleNamespace(config=QuestConfig(), kv_bytes_per_token=44.0, score=score)
     result = tune.measure(instrument, samples, dense)
     assert result.text_loss == pytest.approx(100 * (2.718281828**0.5 - 1))
     assert result.recall_loss == 50

@@ -57,8 +57,7 @@ def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> 
 def test_the_first_chunk_is_the_dense_result_to_the_bit(bounds_dtype) -> None:
     work = [[(0, 100, True), (1, 17, True)], [(2, 1, True)]]
     dense, int4 = (
-        Engine(QuestCPUBackend, quest, poison=1e3)
-        for quest in (DENSE, INT4 | {"bounds_dtype": bounds_dtype})
+        Engine(QuestCPUBackend, quest, poison=1e3) for quest in (DENSE, INT4 | {"bounds_dtype": bounds_dtype})
     )
     for seed, step in enumerate(work):
         for expected, out in zip(dense.step(step, seed), int4.step(step, seed), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import pytest
@@ -133,7 +134,7 @@ def test_every_token_is_attended_exactly_once(requests, decode_tail) -> None:
     tokens = [indices(rows.tokens, total) for rows in step.dense]
     if step.decode is not None:
         tokens.append(indices(step.decode.tokens, total))
-    assert sorted(sum(tokens, [])) == list(range(total))
+    assert sorted(itertools.chain(*tokens)) == list(range(total))
     assert counts.decode_rows + counts.prefill_tokens == total
 
 
@@ -151,7 +152,11 @@ def test_the_rest_of_a_batch_sees_what_it_saw_in_it(requests) -> None:
     step, _, _ = split(whole, speculated=2)
     places = {}
     for table, start, end, length in zip(
-        whole.block_table_tensor, whole.query_start_loc[:-1], whole.query_start_loc[1:], whole.seq_lens, strict=True
+        whole.block_table_tensor,
+        whole.query_start_loc[:-1],
+        whole.query_start_loc[1:],
+        whole.seq_lens,
+        strict=True,
     ):
         for token in range(int(start), int(end)):
             places[token] = (int(table[0]), int(length) - (int(end) - token))

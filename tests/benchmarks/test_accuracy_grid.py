@@ -11,8 +11,8 @@ from benchmarks.accuracy import configurations, sample_file
 from benchmarks.accuracy.engine import References
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.samples import Header, Results, Sample, Score, batches
-from vllm_quest.tune.instrument import Position
 from vllm_quest.config import SELECTION_FIELDS, QuestConfig, QuestConfigError
+from vllm_quest.tune.instrument import Position
 
 BASE = QuestConfig(token_budget=512)
 

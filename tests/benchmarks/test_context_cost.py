@@ -11,7 +11,7 @@ def row(context: int, score: float, page_size: int = 16) -> dict:
     return {
         **{
             "page_size": page_size,
-            "metadata_dtype": "auto",
+            "bounds_dtype": "auto",
             "context": context,
             "dense_ms": 8.0,
             "quest_ms": score + 1.0,

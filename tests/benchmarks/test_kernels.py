@@ -17,14 +17,17 @@ import torch
 from benchmarks.kernels.report import break_even, microseconds, ratios, series, summary
 from benchmarks.kernels.roofline import GEOMETRIES, Geometry
 from tests.kernels.interpreter import DEVICE, TOLERANCE
+from vllm_quest.config import QuestConfig
+from vllm_quest.formats.auto import reference as auto
+from vllm_quest.formats.int4 import reference as int4
 from vllm_quest.kernels import reference
-from vllm_quest.layout import PageLayout
+from vllm_quest.scorers.minmax import reference as minmax
 
 
-def row(context: int, speed_up: float, page_size: int = 16, metadata_dtype: str = "auto") -> dict:
+def row(context: int, speed_up: float, page_size: int = 16, bounds_dtype: str = "auto") -> dict:
     return {
         **{"geometry": "llama-3.1-8b", "batch": 8, "context": context, "token_budget": 2048},
-        **{"page_size": page_size, "kv_dtype": "auto", "metadata_dtype": metadata_dtype, "layers": 2},
+        **{"page_size": page_size, "kv_dtype": "auto", "bounds_dtype": bounds_dtype, "layers": 2},
         **{"milliseconds": {"QUEST": 1.0, "FLASH_ATTN": speed_up}, "left_out": {"FLASHINFER": "not there"}},
         **{"speed_up": speed_up, "dense_speed_up": {}, "speed_up_limit": 8.0},
         **{"gb_per_s": 2000.0, "share_of_limit": 0.7},
@@ -43,7 +46,7 @@ def test_quest_wins_from_a_context_on(rows, context) -> None:
 
 
 def test_the_summary_names_where_it_loses() -> None:
-    text = summary([*ROWS, row(4096, 0.5, metadata_dtype="int8")])
+    text = summary([*ROWS, row(4096, 0.5, bounds_dtype="int8")])
     assert "budget 2048, page 16  " in text
     assert "page 16, int8 bounds" in text
     assert "nowhere measured" in text
@@ -89,19 +92,18 @@ def test_steps_attend_over_what_they_stored(kv_dtype) -> None:
 
     torch.manual_seed(3)
     rows = Rows(Geometry(4, 2, 64), 2, 75, 16, device=str(DEVICE))
-    layout = PageLayout(16, 8, 64, False, DTYPE, kv_dtype)
-    quest = QuestLayers(rows, layout, 32, layers=1)
-    pages = quest.layers[0]
+    config = QuestConfig(token_budget=32, page_size=8, kv_dtype=kv_dtype, bounds_dtype="auto")
+    quest = QuestLayers(rows, config, layers=1)
+    pages, num_pages = quest.layers[0], quest.decode_rows.num_pages
+    kernels = {"auto": auto, "int4": int4}[kv_dtype]
     for step, budget_pages in ((quest.dense_step, None), (quest.step, 4)):
         rows.key.normal_()
         rows.out.fill_(torch.nan)
         step()
-        scored = (rows.query, pages.bounds, rows.block_table, quest.pages_to_score, rows.scale, "max")
-        chosen = budget_pages and reference.select_pages(
-            reference.score_pages(*scored), quest.pages_to_score, budget_pages, 1, 2
-        )
-        expected = reference.attend_pages(
-            rows.query, pages.key, pages.value, rows.block_table, rows.seq_lens, chosen, 8, rows.scale
+        scores = minmax.score_pages(rows.query, pages.summary, rows.block_table, num_pages, rows.scale, "max")
+        chosen = budget_pages and reference.select_pages(scores, num_pages, budget_pages, 1, 2)
+        expected = kernels.attend_pages(
+            rows.query, pages.cache, rows.block_table, rows.seq_lens, chosen, 8, rows.scale
         )
         torch.testing.assert_close(rows.out, expected, rtol=0, atol=TOLERANCE[DTYPE] * expected.abs().max())
 

@@ -58,10 +58,10 @@ def test_every_geometry_is_one_that_transformers_reads(tmp_path, name) -> None:
 @pytest.mark.parametrize(
     ("entries", "kv", "bounds"),
     [
-        ({"metadata_dtype": "auto"}, 2 * 2048 * 128 * 2, 2 * 2048 * 128 * 2),
-        ({"metadata_dtype": "int8"}, 2 * 2048 * 128 * 2, 2048 * (2 * 128 + 8)),
+        ({"bounds_dtype": "auto"}, 2 * 2048 * 128 * 2, 2 * 2048 * 128 * 2),
+        ({"bounds_dtype": "int8"}, 2 * 2048 * 128 * 2, 2048 * (2 * 128 + 8)),
         ({"kv_dtype": "int4"}, 2048 * (128 + 4), 2048 * (2 * 128 + 8)),
-        ({"kv_dtype": "int4", "metadata_dtype": "bfloat16"}, 2048 * (128 + 4), 2 * 2048 * 128 * 2),
+        ({"kv_dtype": "int4", "bounds_dtype": "bfloat16"}, 2048 * (128 + 4), 2 * 2048 * 128 * 2),
         ({"kv_dtype": "int4", "value_group_size": 32}, 2048 * (128 + 16), 2048 * (2 * 128 + 8)),
     ],
 )

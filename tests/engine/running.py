@@ -6,7 +6,7 @@ from vllm import SamplingParams
 
 LAYERS, KV_HEADS = 30, 3
 DEFAULTS = {"token_budget": 512}  # pages of 8, 8-bit bounds, every layer sparse
-QUARTER = {"token_budget": 512, "page_size": 16, "metadata_dtype": "auto", "dense_layers": 2}
+QUARTER = {"token_budget": 512, "page_size": 16, "bounds_dtype": "auto", "dense_layers": 2}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 

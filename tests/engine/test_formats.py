@@ -6,9 +6,9 @@ import gc
 
 import pytest
 
-from benchmarks.accuracy.studies.formats import FORMATS, FormatWorker, flexgen, int4_per_token_head
-from vllm_quest.tune.instrument import Continuation, Instrument
+from benchmarks.accuracy.studies.formats import SIMULATED, flexgen, int4_per_token_head
 from vllm_quest.config import QuestConfig
+from vllm_quest.tune.instrument import Continuation, Instrument
 
 pytestmark = pytest.mark.engine
 
@@ -17,29 +17,43 @@ ROUNDINGS = {
     "int4_per_token_head": int4_per_token_head,
     "int4_per_token_head_exact_prompts": int4_per_token_head,
 }
-assert ROUNDINGS.keys() == FORMATS.keys()
+assert ROUNDINGS.keys() == SIMULATED.keys()
 
 
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_the_cache_holds_what_the_format_would(model, prose, name) -> None:
+    """And a prompt is computed from it where the format's own engine would do so: by vLLM's dense kernel."""
+    context, question = tuple(prose[:256]), tuple(prose[256:276])
+    dense, simulated = (
+        scored(model, QuestConfig(token_budget=None, kv_dtype=kv_dtype), context, question)
+        for kv_dtype in ("auto", name)
+    )
+    for exact, caches in zip(dense, simulated, strict=True):
+        for before, after in zip(exact, caches, strict=True):
+            written = after[after.flatten(1).any(1)]
+            change = (ROUNDINGS[name](written) - written).abs().flatten(1).amax(1)
+            assert (change < 1e-4).sum() >= 3  # the request's, of 276 tokens in blocks of 128
+            assert not before.equal(after)
+    # The first layer's keys and values do not depend on attention; how the later ones differ shows it.
+    is_exact = SIMULATED[name].is_dense is False
+    first = dense[1][0]
+    drift = (simulated[1][0] - first).abs().mean() / (ROUNDINGS[name](first) - first).abs().mean()
+    assert drift < 1.5 if is_exact else drift > 1.5
+
+
+def scored(model, config: QuestConfig, context, question) -> list[tuple]:
+    """K and V of every layer's cache, after a context and a question."""
     instrument = Instrument(
-        QuestConfig(token_budget=None),
+        config,
         512,
         model=model,
         kv_cache_memory_bytes=1 << 26,
         distributed_executor_backend="uni",
     )
     try:
-        # A process extends its workers once, here for the instrument; the engine has the same layers.
-        engine = instrument.llm.llm_engine
-        FormatWorker.store_like(engine, name)
-        instrument.score([Continuation(tuple(prose[:256]), tuple(prose[256:276]))])
-        for layer in engine.vllm_config.compilation_config.static_forward_context.values():
-            pages = layer.impl.pages(layer.kv_cache)
-            for cache in (pages.key, pages.value):
-                written = cache[cache.flatten(1).any(1)]
-                change = (ROUNDINGS[name](written) - written).abs().flatten(1).amax(1)
-                assert (change < 1e-4).sum() >= 3  # the request's, of 276 tokens in blocks of 128
+        instrument.score([Continuation(context, question)])
+        layers = instrument.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        return [tuple(part.clone() for part in layer.impl.pages(layer.kv_cache).cache) for layer in layers]
     finally:
         instrument.close()
         gc.collect()

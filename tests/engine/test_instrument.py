@@ -15,8 +15,8 @@ import vllm_quest
 from benchmarks.accuracy.engine import References, measure
 from benchmarks.accuracy.samples import Sample, Score
 from tests.engine.running import KV_HEADS, LAYERS
-from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
+from vllm_quest.tune.instrument import Continuation, Instrument
 
 pytestmark = pytest.mark.engine
 

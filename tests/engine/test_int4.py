@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 from vllm import SamplingParams
 
 from tests.engine.running import GREEDY, KV_HEADS, LAYERS, generate, metric
+from tests.engine.spies import INT4, SPIED
 from tests.engine.test_sparse import passkey_prompt
 from vllm_quest import read_counters
-from vllm_quest.backend import cpu as cpu_backend
-from vllm_quest.kernels.reference_bounds import read_bounds
-from vllm_quest.kernels.reference_int4 import key_steps, unpack
+from vllm_quest.formats.int4.reference import key_steps, unpack
+from vllm_quest.kernels.bounds import read_bounds
 
 pytestmark = pytest.mark.engine
 
@@ -53,27 +51,29 @@ def test_pages_hold_what_was_stored(engine, prose) -> None:
     """
     # Two blocks of each prompt are common. Sixteen blocks take seven prompts in, and none of them further.
     prompts = [prose[:300] + prose[1000 + i * 700 :][: 195 + i] for i in range(8)]
-    tight = engine(SPARSE, max_num_batched_tokens=256, max_model_len=1536, num_gpu_blocks_override=17)
+    tight = engine(
+        SPARSE | {"kv_dtype": SPIED},
+        max_num_batched_tokens=256,
+        max_model_len=1536,
+        num_gpu_blocks_override=17,
+    )
     stored: dict[int, dict[int, torch.Tensor]] = {}  # by layer, then slot
     errors: list[torch.Tensor] = []
-    real = cpu_backend.QuestCPUImpl.kernels
 
-    def store(key, value, key_cache, value_cache, bounds, slot_mapping) -> None:
-        real.store(key, value, key_cache, value_cache, bounds, slot_mapping)
+    def on_store(key, value, cache, slot_mapping) -> None:
         for slot, vector in zip(slot_mapping.tolist(), key, strict=False):
-            stored.setdefault(key_cache.codes.data_ptr(), {})[slot] = vector.clone()
+            stored.setdefault(cache.key.codes.data_ptr(), {})[slot] = vector.clone()
 
-    def attend_pages(query, key_cache, value_cache, block_table, seq_lens, *rest, **options):
-        if key_cache.codes.data_ptr() == next(iter(stored)) and len(errors) < 60:
+    def on_attend(query, cache, block_table, seq_lens, *rest) -> None:
+        if cache.key.codes.data_ptr() == next(iter(stored)) and len(errors) < 60:
             row = len(errors) % len(query)
-            errors.append(errors_in_steps(key_cache, block_table[row], int(seq_lens[row]), stored))
-        return real.attend_pages(query, key_cache, value_cache, block_table, seq_lens, *rest, **options)
+            errors.append(errors_in_steps(cache.key, block_table[row], int(seq_lens[row]), stored))
 
-    spy = types.SimpleNamespace(**vars(real))
-    spy.store, spy.attend_pages = store, attend_pages
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_backend.QuestCPUImpl, "kernels", spy)
+    INT4.on_store, INT4.on_attend = on_store, on_attend
+    try:
         generate(tight, prompts, SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+    finally:
+        INT4.on_store = INT4.on_attend = None
     assert metric(tight, "vllm:num_preemptions") > 0
     assert metric(tight, "vllm:prefix_cache_hits") > 0
     assert len(errors) == 60

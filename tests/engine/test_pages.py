@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 from vllm import SamplingParams
 
 from tests.engine.running import KV_HEADS, LAYERS, generate
-from vllm_quest.backend import cpu as cpu_backend
+from tests.engine.spies import SCORER, SPIED
+from vllm_quest.page import Pages
 
 pytestmark = pytest.mark.engine
 
@@ -20,35 +19,38 @@ def test_engine_reads_the_pages_that_its_keys_ask_for(engine, prose, page_size) 
 
     Blocks are reused (few of them, several requests before), prompts are chunked and a prefix is cached.
     """
-    quest = {"token_budget": 256, "page_size": page_size, "metadata_dtype": "auto"}
+    quest = {"token_budget": 256, "page_size": page_size, "bounds_dtype": "auto", "scorer": SPIED}
     llm = engine(quest, max_num_batched_tokens=200, num_gpu_blocks_override=12, max_model_len=1280)
     generate(llm, [prose[5000:5700], prose[6000:6400]])
     generate(llm, [prose[:600]])
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    layers = runner.compilation_config.static_forward_context.values()
+    caches = {page.summary.values.data_ptr(): page.cache.key for page in pages_of(layers)}
     checked = []
-    real = cpu_backend.QuestCPUImpl.kernels
 
-    def score_pages(query, bounds, block_table, num_pages, scale, reduce):
-        scores = real.score_pages(query, bounds, block_table, num_pages, scale, reduce)
-        checked.append((query, bounds, block_table, num_pages, scores))
-        return scores
+    def check(query, bounds, block_table, num_pages, scores, pages) -> None:
+        seq_len = 901 + len(checked) // LAYERS  # one request, whose prompt has 900 tokens
+        key_cache = caches[bounds.values.data_ptr()]
+        check_step(query, bounds, block_table, num_pages, scores, key_cache, [seq_len], pages, page_size)
+        checked.append(seq_len)
 
-    def attend_pages(query, key_cache, value_cache, block_table, seq_lens, pages, size, *rest, **options):
-        check_step(*checked[-1], key_cache, seq_lens, pages, size)
-        caches = key_cache, value_cache
-        return real.attend_pages(query, *caches, block_table, seq_lens, pages, size, *rest, **options)
-
-    spy = types.SimpleNamespace(**vars(real))
-    spy.score_pages, spy.attend_pages = score_pages, attend_pages
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_backend.QuestCPUImpl, "kernels", spy)
+    SCORER.on_select = check
+    try:
         generate(llm, [prose[:600] + prose[700:1000]], SamplingParams(max_tokens=4, temperature=0))
-    assert len(checked) == 3 * LAYERS
+    finally:
+        SCORER.on_select = None
+    assert checked == [length for length in (901, 902, 903) for _ in range(LAYERS)]
+
+
+def pages_of(layers) -> list[Pages]:
+    """What each layer sees of its cache."""
+    return [layer.impl.pages(layer.kv_cache) for layer in layers]
 
 
 def check_step(query, bounds, block_table, num_pages, scores, key_cache, seq_lens, pages, size) -> None:
     per_block = key_cache.shape[2] // size
     group = query.shape[1] // KV_HEADS
-    for row, length in enumerate(seq_lens.tolist()):
+    for row, length in enumerate(seq_lens):
         keys = key_cache[block_table[row].long()].movedim(2, 1).flatten(0, 1)[:length].numpy()  # [T, H, D]
         stored = (
             bounds.values[block_table[row].long()].movedim(2, 1).flatten(0, 1).numpy()

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.studies.prefill_quality import Prefilling, _one_more
-from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
+from vllm_quest.tune.instrument import Continuation, Instrument
 
 pytestmark = pytest.mark.engine
 

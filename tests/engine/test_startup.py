@@ -95,7 +95,7 @@ def plugin_log(monkeypatch) -> list[str]:
 
 
 def test_sliding_window_layers_run_dense_and_say_so(tmp_path, plugin_log) -> None:
-    quest = {"token_budget": 64, "page_size": 8, "metadata_dtype": "auto", "sink_pages": 1, "recent_pages": 1}
+    quest = {"token_budget": 64, "page_size": 8, "bounds_dtype": "auto", "sink_pages": 1, "recent_pages": 1}
     llm = start(tmp_path, GEMMA3, quest)
     lines = [message for message in plugin_log if message.startswith("QUEST:")]
     assert len(lines) == len(llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tests.oracle import Context
-from vllm_quest.layout import PageLayout
+from vllm_quest.page import PageLayout
 
 
 class PagedCache:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm_quest.kernels.reference_int4 import dequantized
+from vllm_quest.layout import PageViews
 
 from tests.kernels.cache import PagedCache
 from tests.kernels.test_operations import IMPLEMENTATIONS
-from vllm_quest.kernels.reference_int4 import dequantized
-from vllm_quest.layout import PageViews
 
 HEADS, DIM, BLOCK = 2, 64, 64
 FORMATS = [(8, "int8", 1), (16, "int8", 1), (16, "bfloat16", 2)]  # page size, bounds, groups of V

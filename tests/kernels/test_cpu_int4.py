@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_quest.layout import Int4Keys, Int4Values, PageViews
 
 from tests.kernels.cache import PagedCache
 from tests.kernels.test_operations import STEPS_WITH_DRAFTS, run_steps
 from vllm_quest.kernels import cpu, reference
-from vllm_quest.layout import Int4Keys, Int4Values, PageViews
 
 # dtype, page size, head size, KV heads, group, bounds, groups of V; every kernel is compiled for each line.
 INT4 = [

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
+from vllm_quest.layout import PageBounds
 
 from tests.kernels.cache import PagedCache
 from vllm_quest.kernels import cpu
-from vllm_quest.layout import PageBounds
 
 MODULES = [
     sys.modules[f"vllm_quest.kernels.cpu.{name}"]

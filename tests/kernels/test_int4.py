@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_quest.kernels.reference_bounds import read_bounds
+from vllm_quest.kernels.reference_int4 import dequantized, filling_pages, key_steps, unpack
+from vllm_quest.layout import PageViews
 
 from tests.kernels.int4_cache import (
     BLOCK,
@@ -19,9 +22,6 @@ from tests.kernels.int4_cache import (
     write,
 )
 from tests.kernels.test_operations import STEPS_WITH_DRAFTS, run_steps
-from vllm_quest.kernels.reference_bounds import read_bounds
-from vllm_quest.kernels.reference_int4 import dequantized, filling_pages, key_steps, unpack
-from vllm_quest.layout import PageViews
 
 RANDOM = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm_quest.kernels.reference_int4 import LARGEST
 
 from tests.kernels.cache import PagedCache
 from tests.kernels.int4_cache import (
@@ -16,7 +17,6 @@ from tests.kernels.int4_cache import (
     stored,
     write,
 )
-from vllm_quest.kernels.reference_int4 import LARGEST
 
 EXTREMES = {
     "zeros": torch.zeros(()),

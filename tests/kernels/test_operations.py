@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm_quest.kernels.reference_bounds import read_bounds
 
 from tests import oracle
 from tests.kernels.cache import PagedCache
 from vllm_quest.kernels import cpu, reference
-from vllm_quest.kernels.reference_bounds import read_bounds
 
 IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 

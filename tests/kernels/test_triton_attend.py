@@ -12,7 +12,7 @@ from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
 from tests.kernels.test_triton_score import LENGTHS, query_for, rows_of
 from vllm_quest.kernels import reference, triton
 from vllm_quest.kernels.triton.workspace import attend_scratch
-from vllm_quest.layout import PageLayout
+from vllm_quest.page import PageLayout
 
 
 def random_pages(num_pages: torch.Tensor, heads: int, budget: int, seed: int = 0) -> torch.Tensor:

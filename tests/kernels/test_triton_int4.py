@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from vllm_quest.layout import PageViews
 
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
 from tests.kernels.test_operations import STEPS_WITH_DRAFTS, run_steps
 from vllm_quest.kernels import reference, triton
 from vllm_quest.kernels.triton import store_int4
-from vllm_quest.layout import PageViews
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from vllm_quest.kernels.reference_bounds import read_bounds
 
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, on_device
 from tests.kernels.test_operations import STEPS, run_steps
 from tests.kernels.test_triton_score import LENGTHS, assert_scores, query_for, rows_of
 from vllm_quest.kernels import reference, triton
-from vllm_quest.kernels.reference_bounds import read_bounds
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm_quest.layout import PageBounds
 
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, on_device
 from vllm_quest.kernels import reference, triton
 from vllm_quest.kernels.triton.workspace import score_scratch
-from vllm_quest.layout import PageBounds
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

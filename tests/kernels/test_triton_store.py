@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from vllm_quest.layout import PageBounds, PageLayout
 
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, on_device
 from tests.kernels.test_operations import STEPS, assert_bounds, run_steps
 from vllm_quest.kernels import reference, triton
-from vllm_quest.layout import PageBounds, PageLayout
 
 
 def whole(key_cache: torch.Tensor, bounds: PageBounds) -> tuple[torch.Tensor, PageLayout]:

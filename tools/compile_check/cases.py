@@ -8,8 +8,12 @@ from functools import partial
 
 import torch
 
-from vllm_quest.kernels import triton as kernels
-from vllm_quest.layout import Int4Keys, Int4Values, PageLayout, PageViews
+from vllm_quest.config import QuestConfig
+from vllm_quest.formats.auto import triton as auto
+from vllm_quest.formats.int4 import triton as int4
+from vllm_quest.kernels.triton import select_pages
+from vllm_quest.page import PageLayout, Pages
+from vllm_quest.scorers.minmax import triton as minmax
 
 ROWS, KV_HEADS, BLOCKS = 2, 2, 4
 SCALE = 0.1
@@ -40,29 +44,31 @@ class Case:
     launch: Callable[[], object]
 
 
-def views(head_size: int, page_size: int, metadata_dtype: str, value_groups: int | None = None) -> PageViews:
-    """Of a cache in bfloat16, or in 4 bits with `value_groups`."""
+def pages_of(head_size: int, page_size: int, bounds_dtype: str, value_groups: int | None = None) -> Pages:
+    """A cache in bfloat16, or in 4 bits with `value_groups`."""
     block_size = max(32, page_size)
-    layout = PageLayout(
-        block_size,
-        page_size,
-        head_size,
-        False,
-        torch.bfloat16,
+    config = QuestConfig(
+        token_budget=None,
+        page_size=page_size,
         kv_dtype="auto" if value_groups is None else "int4",
-        metadata_dtype=metadata_dtype,
-        value_groups=value_groups or 1,
+        bounds_dtype=bounds_dtype,
+        value_group_size=head_size // value_groups if value_groups and value_groups > 1 else None,
     )
+    layout = PageLayout.configured(config, block_size, head_size, torch.bfloat16, for_cpu=False)
     cache = torch.zeros(BLOCKS, KV_HEADS, block_size, layout.content_size, dtype=layout.cache_dtype)
     return layout.views(cache)
 
 
 def launch_store(
-    head_size: int, page_size: int, tokens: int, metadata_dtype: str, value_groups: int | None = None
+    head_size: int, page_size: int, tokens: int, bounds_dtype: str, value_groups: int | None = None
 ) -> None:
-    pages = views(head_size, page_size, metadata_dtype, value_groups)
+    pages = pages_of(head_size, page_size, bounds_dtype, value_groups)
     key = torch.zeros(tokens, KV_HEADS, head_size, dtype=torch.bfloat16)
-    kernels.store(key, key, pages.key, pages.value, pages.bounds, torch.zeros(tokens, dtype=torch.int64))
+    slots = torch.zeros(tokens, dtype=torch.int64)
+    if value_groups is None:
+        minmax.store(key, key, pages.cache, pages.summary, slots)
+    else:
+        int4.store(key, key, pages.cache, slots)
 
 
 def launch_score(
@@ -70,18 +76,18 @@ def launch_score(
     page_size: int,
     group: int,
     group_reduce: str,
-    metadata_dtype: str,
+    bounds_dtype: str,
     value_groups: int | None = None,
 ) -> None:
     query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
     counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
-    bounds = views(head_size, page_size, metadata_dtype, value_groups).bounds
-    kernels.score_pages(query, bounds, table, counts, SCALE, group_reduce)
+    bounds = pages_of(head_size, page_size, bounds_dtype, value_groups).summary
+    minmax.score_pages(query, bounds, table, counts, SCALE, group_reduce)
 
 
 def launch_select(max_pages: int) -> None:
     scores = torch.zeros(ROWS, KV_HEADS, max_pages)
-    kernels.select_pages(scores, torch.ones(ROWS, dtype=torch.int32), 128, 1, 2)
+    select_pages(scores, torch.ones(ROWS, dtype=torch.int32), 128, 1, 2)
 
 
 def launch_attend(
@@ -89,34 +95,25 @@ def launch_attend(
     page_size: int,
     group: int,
     value_threshold: float | None,
-    metadata_dtype: str = "auto",
+    bounds_dtype: str = "auto",
     value_groups: int | None = None,
 ) -> None:
-    pages = views(head_size, page_size, metadata_dtype, value_groups)
+    pages = pages_of(head_size, page_size, bounds_dtype, value_groups)
     query = torch.zeros(ROWS, KV_HEADS * group, head_size, dtype=torch.bfloat16)
     counts, table = torch.ones(ROWS, dtype=torch.int32), torch.zeros(ROWS, 64, dtype=torch.int32)
     indices = torch.zeros(ROWS, KV_HEADS, 2048 // page_size, dtype=torch.int32)
+    kernels = auto if value_groups is None else int4
     kernels.attend_pages(
-        query,
-        pages.key,
-        pages.value,
-        table,
-        counts,
-        indices,
-        page_size,
-        SCALE,
-        value_threshold=value_threshold,
+        query, pages.cache, table, counts, indices, page_size, SCALE, value_threshold=value_threshold
     )
 
 
-def launch_dequantize(head_size: int, page_size: int, metadata_dtype: str, value_groups: int) -> None:
-    pages = views(head_size, page_size, metadata_dtype, value_groups)
-    assert isinstance(pages.key, Int4Keys)
-    assert isinstance(pages.value, Int4Values)
-    block_size = pages.value.params.shape[2]
+def launch_dequantize(head_size: int, page_size: int, bounds_dtype: str, value_groups: int) -> None:
+    cache = pages_of(head_size, page_size, bounds_dtype, value_groups).cache
+    block_size = cache.value.params.shape[2]
     out = torch.zeros(ROWS, KV_HEADS, block_size, 2 * head_size, dtype=torch.bfloat16)
     blocks = torch.zeros(ROWS, dtype=torch.int32)
-    kernels.dequantize_blocks(pages.key, pages.value, blocks, blocks, *out.chunk(2, -1))
+    int4.dequantize_blocks(cache, blocks, blocks, *out.chunk(2, -1))
 
 
 def int4_cases() -> list[Case]:

@@ -41,6 +41,18 @@ TARGETS = {
 }
 
 
+# Where the kernel ``_NAME_kernel`` is defined.
+MODULES = {
+    "store": "vllm_quest.scorers.minmax.triton.store",
+    "score": "vllm_quest.scorers.minmax.triton.score",
+    "select": "vllm_quest.kernels.triton.select",
+    "attend": "vllm_quest.formats.auto.triton",
+    "store_int4": "vllm_quest.formats.int4.triton.store",
+    "attend_int4": "vllm_quest.formats.int4.triton.attend",
+    "dequantize": "vllm_quest.formats.int4.triton.dequantize",
+}
+
+
 class Recorder:
     """Takes the place of a kernel and keeps what it would have been launched with."""
 
@@ -77,9 +89,9 @@ class Recorder:
 
 @contextmanager
 def recording(name: str, architecture: str) -> Iterator[Recorder]:
-    """Replaces the kernel of module `name`, whose launcher believes to be on a GPU of `architecture`."""
+    """Replaces the kernel `name`, whose launcher believes to be on a GPU of `architecture`."""
     launch = importlib.import_module("vllm_quest.kernels.triton.launch")
-    module = importlib.import_module(f"vllm_quest.kernels.triton.{name}")
+    module = importlib.import_module(MODULES[name])
     recorder = Recorder(getattr(module, f"_{name}_kernel"))
     with (
         mock.patch.object(module, f"_{name}_kernel", recorder),

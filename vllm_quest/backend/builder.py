@@ -91,7 +91,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder):
                 num_kv_heads=self.spec.num_kv_heads,
                 max_rows=self.max_rows,
                 max_pages=self.max_blocks * self.layout.block.pages,
-                any_dense_layer=bool(self.plan.dense),
+                reads_everything=bool(self.plan.dense) and not self.layout.format.is_dense,
                 device=self.device,
             ),
         )
@@ -130,9 +130,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder):
         if is_counted and (counts := self.count(batch, cut)) is not None:
             for reason, layers in self.plan.dense_counts.items():
                 counts.add_dense_layer(self.counters, reason, layers)
-            counts.add_sparse_layer(
-                self.counters, self.spec.num_kv_heads, self.layout, len(self.plan.sparse)
-            )
+            counts.add_sparse_layer(self.counters, self.spec.num_kv_heads, self.layout, len(self.plan.sparse))
         has_rows = bool(cut.own_lens.any())
         whole = None
         if self.layout.format.is_dense and (self.plan.dense or not has_rows):

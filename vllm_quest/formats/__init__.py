@@ -33,7 +33,7 @@ class KVFormat(Protocol):
         is_dense: vLLM's dense kernels can read the cache: its only part is ``kv``, as `Block.split` cuts it.
             Otherwise prefill goes through a buffer, and all decode rows are ours.
         steps_alike: What tokens that come together store is what they would have stored one by one.
-        kernels: The module of each device, by dotted name, as `FormatKernels`; imported when it is used.
+        kernels: The module of each device (or ``module:object``), as `FormatKernels`; imported when used.
     """
 
     name: ClassVar[str]

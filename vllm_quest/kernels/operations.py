@@ -6,6 +6,7 @@ of a format or a scorer is the module that these name for it. The CPU also runs 
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,7 +51,7 @@ class Shapes:
         num_kv_heads: KV heads.
         max_rows: Most query tokens of one decode step.
         max_pages: Pages of the block table's width.
-        any_dense_layer: Some layers read every page of every row.
+        reads_everything: Some layers read every page of every row, by our kernels.
         device: Where the tensors are.
     """
 
@@ -58,7 +59,7 @@ class Shapes:
     num_kv_heads: int
     max_rows: int
     max_pages: int
-    any_dense_layer: bool
+    reads_everything: bool
     device: torch.device
 
 
@@ -179,7 +180,7 @@ class Operations:
                 f"additional_config['quest']: {kind} {owner.name!r} has no kernels for {device}; it has: "
                 f"{', '.join(owner.kernels)}"
             )
-        return import_module(path)
+        return pkgutil.resolve_name(path)
 
     def _composed_store(self, device: str) -> Callable[..., None]:
         """In one pass where the scorer has one for this format, or reads what the format writes anyway."""

@@ -29,7 +29,7 @@ class PageScorer(Protocol):
     Attributes:
         name: In ``scorer``.
         borrows: Formats whose own parts it reads; there it keeps none.
-        kernels: The module of each device, by dotted name, as `ScorerKernels`; imported when it is used.
+        kernels: The module of each device (or ``module:object``), as `ScorerKernels`; imported when used.
     """
 
     name: ClassVar[str]

@@ -63,6 +63,7 @@ class Instrument:
         config: The `quest` configuration that decodes; None for vLLM's own dense attention.
         dtype: Of the model: `float32` on CPUs unless asked otherwise, else the one that vLLM chooses.
         block_size: Tokens per block that vLLM allocates.
+        has_tail: Whether the backend takes `decode_tail`, so that one step can decode many tokens.
         kv_bytes_per_token: KV memory that one token of context takes, all layers of all ranks.
     """
 

@@ -1,4 +1,4 @@
-"""4-bit caches that others have, beside ours in the gate: their values only, in QUEST's pages.
+"""4-bit caches that others have, next to ours in the gate: their values only, in the model's dtype.
 
 Both quantize K and V per token and head, and differ in what they round and when:
 
@@ -7,35 +7,25 @@ Both quantize K and V per token and head, and differ in what they round and when
 - vLLM's `int4_per_token_head`: all channels of a head, after a randomized Hadamard transform, with zero among
   the 16 values. Rounded as they are written: all attention, prefill's too, reads what the cache holds.
   `int4_per_token_head_exact_prompts` rounds when FlexGen does, to tell the format from its prefill.
+
+Importing this registers them, for engines of this process on CPUs.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
-from vllm_quest.tune.worker import MeasuredWorker
+import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from vllm_quest.formats import FORMATS
+from vllm_quest.formats.auto import AutoCache, AutoFormat
+from vllm_quest.formats.auto import cpu as exact
 
-    import torch
-
-    Rounding = Callable[[torch.Tensor], torch.Tensor]
-
-__all__ = ["FORMATS", "FormatWorker", "flexgen", "int4_per_token_head"]
+__all__ = ["SIMULATED", "flexgen", "int4_per_token_head"]
 
 FLEXGEN_GROUP = 64
 STEPS = 15
-
-
-class FormatWorker(MeasuredWorker):
-    """A worker whose requests see what another format would have stored; CPUs, dense configurations."""
-
-    def store_like(self, name: str) -> None:
-        """One of `FORMATS`, from now on, until the engine ends."""
-        for layer in self.vllm_config.compilation_config.static_forward_context.values():
-            FORMATS[name](layer.impl)
 
 
 def flexgen(values: torch.Tensor) -> torch.Tensor:
@@ -68,48 +58,58 @@ def _half_up(numbers: torch.Tensor) -> torch.Tensor:
     return (numbers + 0.5).floor()
 
 
-def _round_stored_contexts(rounded: Rounding, impl: Any) -> None:
-    attend = impl.forward
+class RoundingKernels:
+    """Those of the model's dtype, but for what is stored."""
 
-    def forward(
-        layer: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        kv_cache: Any,
-        attn_metadata: Any,
-        *rest: Any,
-        **named: Any,
-    ) -> torch.Tensor:
-        if attn_metadata is not None:
-            _round_contexts(rounded, impl.pages(kv_cache), attn_metadata.whole.metadata)
-        return attend(layer, query, key, value, kv_cache, attn_metadata, *rest, **named)
+    def __init__(self, rounded: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._rounded = rounded
 
-    impl.forward = forward
+    def store(
+        self, key: torch.Tensor, value: torch.Tensor, cache: AutoCache, slot_mapping: torch.Tensor
+    ) -> None:
+        exact.store(self._rounded(key), self._rounded(value), cache, slot_mapping)
 
+    def attend_pages(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        return exact.attend_pages(*arguments, **named)
 
-def _round_contexts(rounded: Rounding, pages: Any, metadata: Any) -> None:
-    """Rounds K and V, in place, of every request that does not start in this step; twice is once."""
-    block_size = pages.key.shape[2]
-    new_lens = metadata.query_start_loc.diff()
-    for table, seq_len, new in zip(metadata.block_table, metadata.seq_lens, new_lens, strict=False):
-        if seq_len > new:
-            blocks = table[: -(-int(seq_len) // block_size)].long()
-            for cache in (pages.key, pages.value):
-                cache[blocks] = rounded(cache[blocks])
+    def dequantize_blocks(
+        self,
+        cache: AutoCache,
+        blocks: torch.Tensor,
+        num_tokens: torch.Tensor,
+        key_out: torch.Tensor,
+        value_out: torch.Tensor,
+    ) -> None:
+        wanted = (torch.arange(key_out.shape[2]) < num_tokens[:, None])[:, None, :, None]
+        for stored, out in ((cache.key, key_out), (cache.value, value_out)):
+            out[: len(blocks)] = torch.where(wanted, stored[blocks.long()], 0)
 
 
-def _round_written_tokens(rounded: Rounding, impl: Any) -> None:
-    store = impl.do_kv_cache_update
-
-    def do_kv_cache_update(layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
-        store(layer, rounded(key), rounded(value), kv_cache, slot_mapping)
-
-    impl.do_kv_cache_update = do_kv_cache_update
+FLEXGEN = RoundingKernels(flexgen)
+PER_TOKEN_HEAD = RoundingKernels(int4_per_token_head)
 
 
-FORMATS: dict[str, Callable[[Any], None]] = {
-    "flexgen": partial(_round_stored_contexts, flexgen),
-    "int4_per_token_head": partial(_round_written_tokens, int4_per_token_head),
-    "int4_per_token_head_exact_prompts": partial(_round_stored_contexts, int4_per_token_head),
-}
+class FlexGen(AutoFormat):
+    """Prompts are prefilled exactly: vLLM's dense kernels do not read the cache."""
+
+    name: ClassVar[str] = "flexgen"
+    is_dense: ClassVar[bool] = False
+    kernels: ClassVar[Mapping[str, str]] = {"cpu": f"{__name__}:FLEXGEN"}
+
+
+class Int4PerTokenHead(AutoFormat):
+    """vLLM's dense kernels read the cache, in prefill too."""
+
+    name: ClassVar[str] = "int4_per_token_head"
+    kernels: ClassVar[Mapping[str, str]] = {"cpu": f"{__name__}:PER_TOKEN_HEAD"}
+
+
+class Int4PerTokenHeadExactPrompts(Int4PerTokenHead):
+    """The same values, prefilled as FlexGen's."""
+
+    name: ClassVar[str] = "int4_per_token_head_exact_prompts"
+    is_dense: ClassVar[bool] = False
+
+
+SIMULATED = {one.name: one for one in (FlexGen, Int4PerTokenHead, Int4PerTokenHeadExactPrompts)}
+FORMATS.update(SIMULATED)

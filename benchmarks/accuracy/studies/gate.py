@@ -11,6 +11,7 @@ Formats that others have can be measured, too: their values in QUEST's pages, or
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,14 +26,14 @@ from benchmarks.accuracy.configurations import Configurations, by_cache, from_en
 from benchmarks.accuracy.grid import DENSE
 from benchmarks.accuracy.samples import Sample, batches
 from benchmarks.accuracy.statistics import Interval, bootstrap
-from benchmarks.accuracy.studies.formats import FORMATS
+from benchmarks.accuracy.studies.formats import SIMULATED
 from benchmarks.common.arguments import command_line, json_object, of_model
 from benchmarks.common.machine import machine
 from benchmarks.common.results import write_json
 from tools.small_model import prepare_model
+from vllm_quest.config import QuestConfig
 from vllm_quest.tune.instrument import Continuation, Instrument, Position
 from vllm_quest.tune.probes import without_blank
-from vllm_quest.config import QuestConfig
 
 __all__ = ["main"]
 
@@ -42,9 +43,9 @@ LEAD_TOKENS, ANSWER_TOKENS = 24, 64  # of one passage of code
 PASSAGES = 6  # per context
 DEFAULT: list[dict[str, Any]] = [
     {"token_budget": None, "kv_dtype": "int4", "page_size": 16},
-    {"token_budget": None, "kv_dtype": "int4", "page_size": 16, "metadata_dtype": "bfloat16"},
+    {"token_budget": None, "kv_dtype": "int4", "page_size": 16, "bounds_dtype": "bfloat16"},
     {"token_budget": None, "kv_dtype": "int4", "page_size": 8},
-    {"token_budget": None, "kv_dtype": "int4", "page_size": 8, "metadata_dtype": "bfloat16"},
+    {"token_budget": None, "kv_dtype": "int4", "page_size": 8, "bounds_dtype": "bfloat16"},
     {"token_budget": None, "kv_dtype": "int4", "page_size": 16, "value_group_size": 32},
 ]
 # By kind: the answers of every sample, position by position.
@@ -58,12 +59,10 @@ class Engine:
     Attributes:
         configurations: By name, of the same cache, what decodes in turn; None for vLLM's own attention.
         arguments: More of vLLM's.
-        simulated: A format of `FORMATS` whose values the cache holds; None for its own.
     """
 
     configurations: dict[str, QuestConfig | None]
     arguments: dict[str, Any] = field(default_factory=dict)
-    simulated: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,11 @@ def main(arguments: list[str]) -> None:
     for entries in options.quest or DEFAULT:
         configurations |= from_entries(entries)
     engines = [Engine(dict(group)) for group in by_cache(configurations)]
-    dense_pages = QuestConfig(token_budget=None)
-    engines += [Engine({f"{name}, simulated": dense_pages}, simulated=name) for name in options.simulate]
+    if options.simulate:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # they are registered in this process
+    for name in options.simulate:
+        config = QuestConfig(token_budget=None, kv_dtype=name)
+        engines.append(Engine({f"{name}, simulated": config}))
     engines += [Engine({dtype: None}, {"kv_cache_dtype": dtype}) for dtype in options.kv_cache_dtype]
     model = options.model or str(prepare_model())
     losses: dict[str, dict[str, Loss]] = {}
@@ -153,13 +155,9 @@ def _measure(
                 next(iter(engine.configurations.values())),
                 longest,
                 model=model,
-                **{"worker_extension_cls": "benchmarks.accuracy.studies.formats.FormatWorker"}
-                | engine_args
-                | engine.arguments,
+                **engine_args | engine.arguments,
             )
             try:
-                if engine.simulated:
-                    instrument.llm.collective_rpc("store_like", args=(engine.simulated,))
                 for name, config in engine.configurations.items():
                     bar.set_description(name)
                     if config is not None:
@@ -273,9 +271,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--simulate",
         nargs="+",
         default=[],
-        choices=FORMATS,
+        choices=SIMULATED,
         metavar="FORMAT",
-        help=f"others' formats too, by their values, on CPUs: {', '.join(FORMATS)}",
+        help=f"others' formats too, by their values, on CPUs: {', '.join(SIMULATED)}",
     )
     parser.add_argument(
         "--kv-cache-dtype",

@@ -5,8 +5,8 @@
 
 QUEST's bound always ranks the pages. How many are read differs: what `token_budget` says, or, for each row
 and KV head, as many as an estimate of the softmax needs to reach the share p. One p for all tasks is
-calibrated on contexts of another seed, so that the tasks' mean reads what the fixed budget reads. Nothing of
-this is part of the package: the CPU backend's selection is exchanged from outside, in this process.
+calibrated on contexts of another seed, so that the tasks' mean reads what the fixed budget reads. The scorer
+is one that `mass_scorer` registers in this process.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM is imported: the engine runs in this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks.accuracy import tasks
@@ -35,90 +32,15 @@ from benchmarks.accuracy.engine import measure
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.samples import Key, Sample, Score, by_context
 from benchmarks.accuracy.statistics import bootstrap
-from benchmarks.accuracy.studies.mass import ESTIMATES, choose, page_masses, pages_for
+from benchmarks.accuracy.studies.mass import ESTIMATES
+from benchmarks.accuracy.studies.mass_scorer import SHARES, Budget, MassScorer, budget_by
 from benchmarks.common.arguments import of_experiment
 from tools.small_model import ModelError, prepare_model
-from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
-
-if TYPE_CHECKING:
-    from vllm_quest.backend.rows import SparseRows
-    from vllm_quest.layout import PageViews
+from vllm_quest.tune.instrument import Continuation, Instrument
 
 TASKS = ("needle", "key_value", "single_document_qa", "prose")
-SHARES = 1 / (1 + np.exp(-np.linspace(-4, 9, 80)))  # of the mass that calibration tries, ascending
 CALIBRATION_SEED, CALIBRATION_SAMPLES = 1000, 5
-
-
-@dataclass
-class Budget:
-    """How many pages a row reads, and what it read so far.
-
-    Attributes:
-        estimate: Which estimate of the mass; None for the fixed budget.
-        share: Of the mass that the pages must reach.
-        calibrates: Whether the reads of every estimate at all `SHARES` are counted beside.
-        pages_read: Of all rows, layers and KV heads.
-        pages_in_context: Likewise.
-        reads: By estimate, pages that each of `SHARES` would read.
-    """
-
-    estimate: str | None = None
-    share: float = 0.0
-    calibrates: bool = False
-    pages_read: int = 0
-    pages_in_context: int = 0
-    reads: dict[str, np.ndarray] = field(
-        default_factory=lambda: dict.fromkeys(ESTIMATES, np.zeros(len(SHARES)))
-    )
-
-    def select(
-        self, config: QuestConfig, scale: float, query: torch.Tensor, pages: PageViews, rows: SparseRows
-    ) -> torch.Tensor:
-        """The pages to read, ``[R, H, K]``, as `select_pages` gives them."""
-        from vllm_quest.kernels import cpu as kernels
-
-        scores = kernels.score_pages(
-            query, pages.bounds, rows.block_table, rows.num_pages, scale, config.group_reduce
-        )
-        if self.calibrates:
-            for name in ESTIMATES:
-                mass = page_masses(name, query, pages, rows, scale, config)
-                self.reads[name] = self.reads[name] + pages_for(SHARES, scores, mass, rows.num_pages, config)
-        if self.estimate is None:
-            selected = kernels.select_pages(
-                scores, rows.num_pages, config.budget_pages, config.sink_pages, config.recent_pages
-            )
-        else:
-            mass = page_masses(self.estimate, query, pages, rows, scale, config)
-            selected = choose(self.share, scores, mass, rows.num_pages, config)
-        self.pages_read += int((selected >= 0).sum())
-        self.pages_in_context += int(rows.num_pages.sum()) * scores.shape[1]
-        return selected
-
-
-@contextmanager
-def budget_by(budget: Budget) -> Iterator[None]:
-    """Within it, decode rows of sparse layers read the pages that `budget` selects."""
-    from vllm_quest.backend.cpu import QuestCPUImpl
-    from vllm_quest.kernels import cpu as kernels
-
-    sound = QuestCPUImpl._attend_pages
-
-    def attend(self: Any, query: torch.Tensor, pages: PageViews, rows: SparseRows) -> torch.Tensor:
-        if self.dense_reason:
-            return sound(self, query, pages, rows)
-        selected = budget.select(self.config, self.scale, query, pages, rows)
-        return kernels.attend_pages(
-            query, pages.key, pages.value, rows.block_table, rows.seq_lens, selected, self.config.page_size,
-            self.scale,
-        )  # fmt: skip
-
-    QuestCPUImpl._attend_pages = attend  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        QuestCPUImpl._attend_pages = sound  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -141,7 +63,10 @@ def run(
     json_path: Path,
 ) -> dict[str, Any]:
     """Measures every arm on the same samples, dense first; returns and writes what they say."""
-    configs = [QuestConfig.from_dict(quest | {"token_budget": budget}) for budget in budgets]
+    configs = [
+        QuestConfig.from_dict(quest | {"token_budget": budget, "scorer": MassScorer.name})
+        for budget in budgets
+    ]
     if not all(config.steps_alike for config in configs) or max(budgets) >= context:
         raise ValueError("--quest, --budgets: allowed: what decode_tail can do, budgets below --context")
     model = model or str(prepare_model())

@@ -41,8 +41,8 @@ from benchmarks.common.machine import command, machine
 from benchmarks.common.results import write_json
 from benchmarks.common.tables import markdown
 from tools.small_model import ModelError, prepare_model
-from vllm_quest.tune.instrument import Continuation, Instrument
 from vllm_quest.config import QuestConfig
+from vllm_quest.tune.instrument import Continuation, Instrument
 
 TAILS = [128, 256, 512, 1024, 1408]
 TASKS = ("needle", "key_value", "single_document_qa", "prose")

@@ -28,7 +28,6 @@ def prepare(
     Returns:
         What the operations are given beside their arguments: ``workspace``.
     """
-    reads_everything = shapes.any_dense_layer and not layout.format.is_dense
     workspace = Workspace.for_decode(
         max_rows=shapes.max_rows,
         num_heads=shapes.num_heads,
@@ -38,7 +37,7 @@ def prepare(
         budget_pages=config.budget_pages,
         page_size=config.page_size,
         score_elements=operations.score_elements(shapes),
-        sparse_context=NO_CONTEXT if reads_everything else config.sparse_context,
+        sparse_context=NO_CONTEXT if shapes.reads_everything else config.sparse_context,
         device=shapes.device,
     )
     return {"workspace": workspace}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from vllm_quest.block import Block, Part
-from vllm_quest.kernels.bounds import BoundsStorage, PageBounds
+from vllm_quest.kernels.bounds import BoundsStorage
 
 if TYPE_CHECKING:
     from vllm_quest.config import QuestConfig
@@ -32,7 +32,8 @@ class MinMaxScorer:
     def parts(self, block: Block, kv_format: KVFormat) -> dict[str, Part]:
         return {} if kv_format.name in self.borrows else self._bounds.parts(block)
 
-    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any) -> PageBounds:
+    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any) -> Any:
+        """`PageBounds`."""
         return self._bounds.view(parts) if "bounds" in parts else cache.bounds
 
     def page_bytes(self, block: Block, kv_format: KVFormat) -> int:
