@@ -10,11 +10,18 @@ _BACKEND = "vllm.v1.attention.backend"
 _BACKENDS = "vllm.v1.attention.backends"
 _SPEC = "vllm.v1.kv_cache_interface"
 _LAYER = "vllm.model_executor.layers.attention"
-_UPDATE = On(
+_FORWARD = (
+    "forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, "
+    "output_block_scale=None)"
+)
+_DENSE = On(
     "",
-    "stores K and V of dense layers",
-    declared=("do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)",),
-    called=("do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)",),
+    "attends to dense rows, and stores their K and V in the prefill buffer",
+    declared=(_FORWARD, "do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)"),
+    called=(
+        "do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)",
+        "forward(layer, query, key, value, kv_cache, attn_metadata, output)",
+    ),
 )
 
 BACKEND: Contract = {
@@ -49,7 +56,7 @@ BACKEND: Contract = {
         ),
         On(f"{_LAYER}.Attention", "windows stay dense; None means no window", attributes=("sliding_window",)),
     ),
-    "vllm_quest/backend/workspace.py": (
+    "vllm_quest/backend/prefill.py": (
         On(
             "vllm.config.get_current_vllm_config",
             "the engine whose model is being built",
@@ -60,21 +67,75 @@ BACKEND: Contract = {
         On("vllm.platforms.current_platform", "where the model is built"),
         On("vllm.platforms.Platform", attributes=("device_type",)),
     ),
-    "vllm_quest/backend/rows.py": (
+    "vllm_quest/backend/step.py": (
         On(
             f"{_BACKEND}.CommonAttentionMetadata",
-            "which requests decode, and their contexts",
+            "one step; replace() makes the batch of the dense rows",
             attributes=(
+                "query_start_loc: torch.Tensor",
                 "query_start_loc_cpu: torch.Tensor",
                 "seq_lens: torch.Tensor",
+                "seq_lens_cpu_upper_bound: torch.Tensor | None",
                 "block_table_tensor: torch.Tensor",
-                "is_prefilling: torch.Tensor | None",
-                "causal: bool | torch.Tensor",
+                "slot_mapping: torch.Tensor",
+            ),
+            fields=("num_reqs", "num_actual_tokens", "max_query_len", "max_seq_len", "causal"),
+        ),
+        On(f"{_BACKEND}.CommonAttentionMetadata.replace", "keeps the other fields"),
+    ),
+    "vllm_quest/backend/builder.py": (
+        On("vllm.config.VllmConfig", attributes=("model_config: ModelConfig",)),
+        On(
+            "vllm.config.VllmConfig",
+            "sizes of buffers",
+            attributes=("scheduler_config: SchedulerConfig", "compilation_config: CompilationConfig"),
+        ),
+        On(
+            "vllm.config.ModelConfig",
+            "sizes of buffers, and of elements",
+            attributes=("max_model_len", "dtype"),
+        ),
+        On("vllm.config.SchedulerConfig", "sizes of buffers", attributes=("max_num_seqs: int",)),
+        On(
+            "vllm.config.CompilationConfig",
+            "sizes of buffers",
+            attributes=("max_cudagraph_capture_size: int",),
+        ),
+        On(
+            "vllm.config.get_layers_from_vllm_config",
+            "the layers of a KV group",
+            called=("get_layers_from_vllm_config(vllm_config, layer_type, layer_names)",),
+        ),
+        On(f"{_LAYER}.Attention", "the builder starts its impl", attributes=("impl", "num_heads")),
+        On(
+            f"{_BACKEND}.max_decode_query_len",
+            "how many tokens a verification brings",
+            called=("max_decode_query_len(vllm_config)",),
+        ),
+        On(
+            f"{_BACKEND}.CommonAttentionMetadata",
+            "one step",
+            attributes=("query_start_loc_cpu: torch.Tensor", "seq_lens", "block_table_tensor: torch.Tensor"),
+        ),
+        On(
+            f"{_SPEC}.AttentionSpec",
+            "the group's cache",
+            attributes=("num_kv_heads: int", "dtype: torch.dtype"),
+            fields=("dtype",),
+            called=("max_num_blocks_per_req(vllm_config, max_len)",),
+        ),
+        On(
+            f"{_BACKEND}.AttentionMetadataBuilder",
+            "our base class, and that of the dense builders",
+            attributes=("device",),
+            declared=(
+                "__init__(self, kv_cache_spec, layer_names, vllm_config, device)",
+                "build(self, common_prefix_len, common_attn_metadata, fast_build=False)",
+                "build_for_cudagraph_capture(self, common_attn_metadata)",
             ),
         ),
     ),
-    "vllm_quest/backend/base.py": (
-        On(f"{_BACKEND}.AttentionLayer", "a type only"),
+    "vllm_quest/backend/backend.py": (
         On(
             f"{_BACKEND}.AttentionBackend",
             "what we answer, or what vLLM answers and we explain",
@@ -101,26 +162,6 @@ BACKEND: Contract = {
             since="0.33",
         ),
         On(
-            f"{_BACKEND}.AttentionImpl",
-            "refusals by its arguments; what would write K or V, or read the output, past us",
-            attributes=(
-                "__init__",
-                "scale",
-                "supports_dcp",
-                "supports_quant_query_input",
-                "can_return_lse_for_decode",
-            ),
-            declared=(
-                "fused_output_quant_supported(self, quant_key)",
-                "fused_rope_kvcache_supported(self)",
-                "fused_qk_norm_rope_kvcache_supported(self)",
-                "fused_qk_norm_mrope_kvcache_supported(self)",
-            ),
-        ),
-        replace(_UPDATE, name=f"{_BACKENDS}.cpu_attn.CPUAttentionBackendImpl"),
-        replace(_UPDATE, name=f"{_BACKENDS}.flash_attn.FlashAttentionImpl"),
-        replace(_UPDATE, name=f"{_BACKENDS}.triton_attn.TritonAttentionImpl"),
-        On(
             f"{_SPEC}.AttentionSpec",
             "the enlarged page",
             attributes=("dtype: torch.dtype", "head_size: int", "state_content_bytes: int | None"),
@@ -131,6 +172,30 @@ BACKEND: Contract = {
             "the enlarged page",
             code=("spec = backend.customize_spec(spec)",),
         ),
+    ),
+    "vllm_quest/backend/impl.py": (
+        On(f"{_BACKEND}.AttentionLayer", "a type only"),
+        On(
+            f"{_BACKEND}.AttentionImpl",
+            "refusals by its arguments; what would write K or V, or read the output, past us",
+            attributes=(
+                "__init__",
+                "scale",
+                "supports_dcp",
+                "supports_quant_query_input",
+                "can_return_lse_for_decode",
+            ),
+            declared=(
+                _FORWARD,
+                "fused_output_quant_supported(self, quant_key)",
+                "fused_rope_kvcache_supported(self)",
+                "fused_qk_norm_rope_kvcache_supported(self)",
+                "fused_qk_norm_mrope_kvcache_supported(self)",
+            ),
+        ),
+        replace(_DENSE, name=f"{_BACKENDS}.cpu_attn.CPUAttentionBackendImpl"),
+        replace(_DENSE, name=f"{_BACKENDS}.flash_attn.FlashAttentionImpl"),
+        replace(_DENSE, name=f"{_BACKENDS}.triton_attn.TritonAttentionImpl"),
         On(
             f"{_LAYER}.Attention.__init__",
             "which arguments the impl gets, and that our name is looked up",

@@ -7,7 +7,6 @@ differs between supported versions belongs into ``vllm_quest/compat.py``.
 
 from __future__ import annotations
 
-from tests.contract.accuracy import ACCURACY
 from tests.contract.backend import BACKEND
 from tests.contract.batch import BATCH
 from tests.contract.cpu import CPU
@@ -15,5 +14,6 @@ from tests.contract.gpu import GPU
 from tests.contract.planned import PLANNED
 from tests.contract.reliance import Contract
 from tests.contract.startup import STARTUP
+from tests.contract.tune import TUNE
 
-CONTRACT: Contract = {**STARTUP, **BACKEND, **CPU, **GPU, **ACCURACY, **BATCH, **PLANNED}
+CONTRACT: Contract = {**STARTUP, **BACKEND, **CPU, **GPU, **TUNE, **BATCH, **PLANNED}

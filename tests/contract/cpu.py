@@ -79,33 +79,23 @@ CPU: Contract = {
         ),
     ),
     "vllm_quest/backend/cpu.py": (
-        On("vllm.config.VllmConfig", "handed to QuestConfig"),
-        On(
-            "vllm.config.get_layers_from_vllm_config",
-            "the layers of a KV group",
-            called=("get_layers_from_vllm_config(vllm_config, layer_type, layer_names)",),
-        ),
-        On(
-            "vllm.model_executor.layers.attention.Attention",
-            "the builder starts its impl",
-            attributes=("impl",),
-        ),
+        On("vllm.config.VllmConfig", "a type only"),
         On("vllm.v1.kv_cache_interface.AttentionSpec", "a type only"),
-        On(f"{_BACKEND}.AttentionLayer", "a type only"),
         On(
             f"{_BACKEND}.CommonAttentionMetadata",
-            "replace() makes the batch of the dense rows",
-            attributes=("query_start_loc_cpu", "seq_lens", "block_table_tensor"),
-            fields=("query_start_loc", "num_reqs", "num_actual_tokens", "max_query_len"),
-            called=(
-                "replace(query_start_loc=..., seq_lens=..., num_reqs=..., num_actual_tokens=..., "
-                "max_query_len=..., block_table_tensor=...)",
+            "which requests decode, and their contexts",
+            attributes=(
+                "query_start_loc_cpu: torch.Tensor",
+                "seq_lens: torch.Tensor",
+                "block_table_tensor: torch.Tensor",
+                "is_prefilling: torch.Tensor | None",
+                "causal: bool | torch.Tensor",
             ),
         ),
         On(
-            f"{_BACKEND}.max_decode_query_len",
-            "how many tokens a verification brings",
-            called=("max_decode_query_len(vllm_config)",),
+            f"{_BACKEND}.AttentionBackend",
+            "our classes",
+            declared=("@staticmethod get_impl_cls()", "@staticmethod get_builder_cls()"),
         ),
         On(
             f"{_CPU}.CPUAttentionBackend",
@@ -119,21 +109,24 @@ CPU: Contract = {
             "head-major blocks",
             code=("return (KVCacheLayout.LBHNC,)",),
         ),
-        On(f"{_CPU}.CPUAttentionMetadata", "held for dense rows, never looked into"),
         On(
             f"{_CPU}.CPUAttentionMetadataBuilder",
-            "our base class; it reads isa, which we set",
+            "the builder of dense rows; it reads isa, which we set",
             bases=("AttentionMetadataBuilder",),
-            attributes=("block_size", "head_dim", "dtype", "num_heads", "num_kv_heads", "isa"),
+            attributes=("head_dim", "isa"),
             called=(
                 "_set_isa_to_layers(layer_names)",
-                "build(common_prefix_len, common_attn_metadata)",
                 "build(common_prefix_len, common_attn_metadata, fast_build)",
             ),
             declared=(
                 "__init__(self, kv_cache_spec, layer_names, vllm_config, device)",
                 "build(self, common_prefix_len, common_attn_metadata, fast_build=False)",
             ),
+        ),
+        On(
+            f"{_CPU}.CPUAttentionMetadataBuilder._group_sliding_window",
+            "which layers the builder of dense rows looks at",
+            code=("isinstance(layer.impl, CPUAttentionBackendImpl)",),
         ),
         On(
             f"{_CPU}.CPUAttentionMetadataBuilder._set_isa_to_layers",

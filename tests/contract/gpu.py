@@ -37,10 +37,10 @@ _IMPL = On(
 )
 _BUILDER = On(
     "",
-    "our base class, and the builder of prefill rows",
+    "the builder of dense rows",
     bases=("AttentionMetadataBuilder",),
     called=("build(common_prefix_len, common_attn_metadata, fast_build)",),
-    declared=(_INIT, _BUILD, "build_for_cudagraph_capture(self, common_attn_metadata)"),
+    declared=(_INIT, _BUILD),
 )
 _DENSE = (
     "num_actual_tokens",
@@ -54,17 +54,16 @@ _DENSE = (
 )
 
 _GPU = (
-    On(f"{_BACKEND}.AttentionLayer", "a type only"),
+    On(
+        f"{_SPEC}.KVCacheLayout",
+        "the tokens of one (block, KV head) are one contiguous run",
+        members=("LBHNC = (0, 1, 2, 3, 4)", "BLHNC = (1, 0, 2, 3, 4)"),
+    ),
     On(
         f"{_BACKEND}.MultipleOf",
         "block sizes of the dense kernels",
         fields=("base",),
         called=("MultipleOf(base)",),
-    ),
-    On(
-        f"{_SPEC}.KVCacheLayout",
-        "the tokens of one (block, KV head) are one contiguous run",
-        members=("LBHNC = (0, 1, 2, 3, 4)", "BLHNC = (1, 0, 2, 3, 4)"),
     ),
     On(
         f"{_BACKEND}.AttentionBackend",
@@ -77,37 +76,8 @@ _GPU = (
             "@classmethod get_preferred_block_size(cls, default_block_size)",
         ),
     ),
-    replace(_IMPL, name=f"{_FLASH}.FlashAttentionImpl"),
-    replace(_IMPL, name=f"{_TRITON}.TritonAttentionImpl"),
-)
-
-_GPU_METADATA = (
-    On(
-        "vllm.config.VllmConfig",
-        "sizes of buffers",
-        attributes=(
-            "model_config: ModelConfig",
-            "scheduler_config: SchedulerConfig",
-            "compilation_config: CompilationConfig",
-        ),
-    ),
-    On(
-        "vllm.config.ModelConfig",
-        "sizes of buffers, and of elements",
-        attributes=("max_model_len: int", "dtype"),
-    ),
-    On("vllm.config.SchedulerConfig", "sizes of buffers", attributes=("max_num_seqs: int",)),
-    On("vllm.config.CompilationConfig", "sizes of buffers", attributes=("max_cudagraph_capture_size: int",)),
-    On(
-        "vllm.config.get_layers_from_vllm_config",
-        "the layers of a KV group",
-        called=("get_layers_from_vllm_config(vllm_config, layer_type, layer_names)",),
-    ),
-    On(
-        "vllm.model_executor.layers.attention.Attention",
-        "the builder starts its impl",
-        attributes=("impl", "num_heads"),
-    ),
+    On("vllm.config.VllmConfig", "a type only"),
+    On(f"{_SPEC}.AttentionSpec", "a type only"),
     On(
         f"{_BACKEND}.AttentionCGSupport",
         "what a captured step may hold",
@@ -115,40 +85,20 @@ _GPU_METADATA = (
     ),
     On(
         f"{_BACKEND}.CommonAttentionMetadata",
-        "one step; replace() makes the batch of the prefill rows",
+        "which requests decode, and their contexts",
         attributes=(
-            "query_start_loc: torch.Tensor",
             "query_start_loc_cpu: torch.Tensor",
             "seq_lens: torch.Tensor",
             "seq_lens_cpu_upper_bound: torch.Tensor | None",
             "block_table_tensor: torch.Tensor",
-            "slot_mapping: torch.Tensor",
             "num_reqs: int",
-            "num_actual_tokens: int",
         ),
-        fields=("max_query_len", "max_seq_len", "causal", "is_prefilling"),
-        called=(
-            "replace(query_start_loc=..., query_start_loc_cpu=..., seq_lens=..., "
-            "seq_lens_cpu_upper_bound=..., num_reqs=..., num_actual_tokens=..., block_table_tensor=..., "
-            "slot_mapping=...)",
-        ),
-    ),
-    On(
-        f"{_BACKEND}.max_decode_query_len",
-        "how many tokens a verification brings",
-        called=("max_decode_query_len(vllm_config)",),
     ),
     On(
         "vllm.v1.attention.backends.utils.split_decodes_and_prefills",
-        "decoding requests stand first in a batch",
+        "decoding requests come first in a batch",
         called=("split_decodes_and_prefills(common_attn_metadata, decode_threshold)",),
         code=("return (num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens)",),
-    ),
-    On(
-        f"{_SPEC}.AttentionSpec",
-        "the group's cache",
-        attributes=("num_kv_heads: int", "head_size: int", "dtype: torch.dtype", "block_size: int"),
-        called=("max_num_blocks_per_req(vllm_config, max_len)",),
     ),
     On(
         f"{_BACKEND}.AttentionMetadataBuilder",
@@ -160,23 +110,21 @@ _GPU_METADATA = (
             "supports_draft_decode_metadata_update",
         ),
         called=("_init_reorder_batch_threshold(reorder_batch_threshold, supports_spec_as_decode=...)",),
-        declared=(
-            _INIT,
-            _BUILD,
-            "build_for_cudagraph_capture(self, common_attn_metadata)",
-            "@classmethod get_cudagraph_support(cls, vllm_config, kv_cache_spec)",
-        ),
+        declared=(_INIT, "@classmethod get_cudagraph_support(cls, vllm_config, kv_cache_spec)"),
     ),
     On(
         "vllm.v1.worker.gpu.attn_utils.get_attn_cg_support",
         "how a builder is asked",
         code=("builder.get_cudagraph_support(vllm_config, group.kv_cache_spec)",),
     ),
-    replace(_BUILDER, name=f"{_FLASH}.FlashAttentionMetadataBuilder"),
-    replace(_BUILDER, name=f"{_TRITON}.TritonAttentionMetadataBuilder"),
 )
 
 _CUDA = (
+    On(
+        f"{_BACKEND}.AttentionBackend",
+        "our classes",
+        declared=("@staticmethod get_impl_cls()", "@staticmethod get_builder_cls()"),
+    ),
     On(
         f"{_FLASH}.FlashAttentionBackend",
         "our base class",
@@ -189,15 +137,16 @@ _CUDA = (
             "@classmethod supports_compute_capability(cls, capability)",
         ),
     ),
-    On(f"{_FLASH}.FlashAttentionImpl", "our base class"),
+    replace(_IMPL, name=f"{_FLASH}.FlashAttentionImpl"),
+    replace(_BUILDER, name=f"{_FLASH}.FlashAttentionMetadataBuilder"),
     On(
-        f"{_FLASH}.FlashAttentionMetadataBuilder",
-        "our base class",
-        declared=("@classmethod get_cudagraph_support(cls, vllm_config, kv_cache_spec)",),
+        f"{_FLASH}._get_sliding_window_configs",
+        "which layers the builder of dense rows looks at",
+        code=("isinstance(impl, FlashAttentionImpl)",),
     ),
     On(
         f"{_FLASH}.FlashAttentionMetadataBuilder.__init__",
-        "4-bit pages: prefill is scheduled for the workspace's dtype",
+        "4-bit pages: prefill is scheduled for the buffer's dtype",
         code=("self.kv_cache_dtype = kv_cache_spec.dtype",),
     ),
     On(f"{_FLASH}.FlashAttentionMetadata", "prefill rows and dense layers", fields=_DENSE),
@@ -223,17 +172,18 @@ _CUDA = (
 
 _ROCM = (
     On(
+        f"{_BACKEND}.AttentionBackend",
+        "our classes",
+        declared=("@staticmethod get_impl_cls()", "@staticmethod get_builder_cls()"),
+    ),
+    On(
         f"{_TRITON}.TritonAttentionBackend",
         "our base class",
         bases=("AttentionBackend",),
         declared=("@staticmethod get_impl_cls()", "@staticmethod get_builder_cls()"),
     ),
-    On(f"{_TRITON}.TritonAttentionImpl", "our base class"),
-    On(
-        f"{_TRITON}.TritonAttentionMetadataBuilder",
-        "our base class",
-        declared=("@classmethod get_cudagraph_support(cls, vllm_config, kv_cache_spec)",),
-    ),
+    replace(_IMPL, name=f"{_TRITON}.TritonAttentionImpl"),
+    replace(_BUILDER, name=f"{_TRITON}.TritonAttentionMetadataBuilder"),
     On(f"{_TRITON}.TritonAttentionMetadata", "prefill rows and dense layers", fields=_DENSE),
     On(
         f"{_TRITON}.TritonAttentionImpl.forward",
@@ -249,7 +199,6 @@ _ROCM = (
 
 GPU: Contract = {
     "vllm_quest/backend/gpu.py": _GPU,
-    "vllm_quest/backend/gpu_metadata.py": _GPU_METADATA,
     "vllm_quest/backend/cuda.py": _CUDA,
     "vllm_quest/backend/rocm.py": _ROCM,
 }

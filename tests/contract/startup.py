@@ -119,7 +119,7 @@ STARTUP: Contract = {
             called=("get_current_vllm_config_or_none()",),
         ),
     ),
-    "vllm_quest/layout.py": (
+    "vllm_quest/page.py": (
         On(f"{_SPEC}.AttentionSpec", "what a layer's blocks hold", attributes=("block_size", "head_size")),
         On(
             f"{_SPEC}.AttentionSpec.state_content_size_bytes",

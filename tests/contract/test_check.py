@@ -56,7 +56,7 @@ def changed(folder: Path, file: str, old: str, new: str) -> Tree:
                 "we rely on   do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)",
                 "there is     do_kv_cache_update(self, layer, key, value, kv_cache, slots)",
                 "flash_attn.py:",
-                "relied on by vllm_quest/backend/base.py",
+                "relied on by vllm_quest/backend/impl.py",
             ],
             id="parameter renamed",
         ),
@@ -78,7 +78,7 @@ def changed(folder: Path, file: str, old: str, new: str) -> Tree:
             f"{_ATTENTION}/backend.py",
             "    is_prefilling: torch.Tensor",
             "    prefilling: torch.Tensor",
-            ["the attribute is_prefilling", "vllm_quest/backend/rows.py", "the field is_prefilling"],
+            ["the attribute is_prefilling", "vllm_quest/backend/cpu.py", "the attribute is_prefilling"],
             id="field renamed",
         ),
         pytest.param(
@@ -92,7 +92,7 @@ def changed(folder: Path, file: str, old: str, new: str) -> Tree:
             f"{_ATTENTION}/backend.py",
             "    UNIFORM_BATCH = 2",
             "    UNIFORM_BATCH = 4",
-            ["the member UNIFORM_BATCH = 2", "UNIFORM_BATCH = 4", "vllm_quest/backend/gpu_metadata.py"],
+            ["the member UNIFORM_BATCH = 2", "UNIFORM_BATCH = 4", "vllm_quest/backend/gpu.py"],
             id="enum value changed",
         ),
         pytest.param(

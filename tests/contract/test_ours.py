@@ -29,10 +29,10 @@ def edited(folder: Path, file: str, old: str, new: str) -> Package:
     ("file", "old", "new", "expected"),
     [
         pytest.param(
-            "vllm_quest/backend/rows.py",
+            "vllm_quest/backend/step.py",
             "import torch\n",
             "import torch\nfrom vllm.config import LoadConfig\n",
-            "rows.py:9 uses vllm.config.load.LoadConfig",
+            "step.py:14 uses vllm.config.load.LoadConfig",
             id="import",
         ),
         pytest.param(
@@ -44,13 +44,13 @@ def edited(folder: Path, file: str, old: str, new: str) -> Package:
         ),
         pytest.param(
             "vllm_quest/backend/cpu.py",
-            "self.num_kv_heads",
+            "self.head_dim",
             "self.window_size",
             "uses vllm.v1.attention.backends.cpu_attn.CPUAttentionMetadataBuilder.window_size",
             id="attribute of self",
         ),
         pytest.param(
-            "vllm_quest/backend/base.py",
+            "vllm_quest/backend/backend.py",
             "    supports_sink = _no",
             "    supports_sliding_window = _no",
             "replaces vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend.supports_sliding_window",

@@ -6,8 +6,8 @@ from tests.contract.reliance import Contract, On
 
 _PROCESSOR = "vllm.v1.sample.logits_processor.AdapterLogitsProcessor"
 
-ACCURACY: Contract = {
-    "vllm_quest/accuracy/forcing.py": (
+TUNE: Contract = {
+    "vllm_quest/tune/forcing.py": (
         On("vllm.SamplingParams", "names the tokens to force", attributes=("extra_args",)),
         On(
             _PROCESSOR,
@@ -17,7 +17,7 @@ ACCURACY: Contract = {
         ),
         On(f"{_PROCESSOR}._new_state", "the tokens so far come first", code=("args = [output_ids]",)),
     ),
-    "vllm_quest/accuracy/instrument.py": (
+    "vllm_quest/tune/instrument.py": (
         On("vllm.LLM", "the engine", called=("generate(prompts, sampling_params, use_tqdm=...)",)),
         On("vllm.platforms.current_platform", "whether this is a CPU"),
         On("vllm.platforms.Platform", "what current_platform is", called=("is_cpu()",)),
@@ -37,7 +37,7 @@ ACCURACY: Contract = {
             ),
         ),
     ),
-    "vllm_quest/accuracy/worker.py": (
+    "vllm_quest/tune/worker.py": (
         On(
             "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
             "where the builders are",
