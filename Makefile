@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need; only Python 3.10 or newer must be there.
+# `make demo` and `make test` set up everything they need; only Python 3.11 or newer must be there.
 # ARGS goes to the command: make demo ARGS="--json demo.json", make test ARGS="-m 'not engine'".
 
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install install-ray model demo demo-batch bench-quick accuracy-quick test contract lint compile-check clean distclean
+.PHONY: install install-ray model demo demo-batch bench-quick accuracy-quick test test-fast contract lint compile-check clean distclean
 
 install: $(INSTALLED)
 
@@ -55,11 +55,15 @@ bench-quick: install
 	$(BIN)/python -m benchmarks.engine.throughput --contexts 2048 6144 --batches 2 --repeats 3 --steps 16
 	mkdir -p build
 	$(BIN)/python -m benchmarks.kernels.context_cost --contexts 1024 4096 16384 65536 262144 --page-sizes 8 \
-	    --metadata-dtypes int8 --repeats 7 --plot build/context_cost.png
+	    --bounds-dtypes int8 --repeats 7 --plot build/context_cost.png
 
 # Most tests keep one core busy. A file stays in one process, its engines are shared; the order keeps long files apart.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS)
+
+# What needs no engine: minutes.
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not engine" $(ARGS)
 
 # Every supported version of vLLM has what we rely on; downloads each wheel once.
 contract: install
