@@ -5,6 +5,7 @@ import triton.language as tl
 
 from vllm_quest.kernels.triton.codes import (
     NO_FRACTION,
+    STEP,
     group_channels,
     limited,
     power_of_two,
@@ -22,8 +23,6 @@ from vllm_quest.kernels.triton.words import (
 )
 
 __all__ = ["attend_tile"]
-
-PART = tl.constexpr(1 / 15)  # of a range, a quantizer's step
 
 
 @triton.jit
@@ -74,13 +73,13 @@ def _meet_keys(
         even, odd = zero + scale[:, None] * even, zero + scale[:, None] * odd
         offset = tl.sum(query.even * even + query.odd * odd, 1)
         even, odd = times_range(query.even, query.odd, low, high, DOT, PTX)
-        return even, odd, scale * PART, offset
+        return even, odd, scale * STEP, offset
     else:
         even, odd = split_words(low)
         even_max, odd_max = split_words(high)
         offset = tl.sum(query.even * even + query.odd * odd, 1)
         # Scaled before they are subtracted: the differences might not be finite.
-        even, odd = even_max * PART - even * PART, odd_max * PART - odd * PART
+        even, odd = even_max * STEP - even * STEP, odd_max * STEP - odd * STEP
         factor = power_of_two(tl.max(tl.maximum(even, odd), 1))
         even, odd = query.even * (even / factor[:, None]), query.odd * (odd / factor[:, None])
         return even.to(DOT), odd.to(DOT), factor, offset

@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
+from vllm_quest.kernels import reference_bounds
+
 __all__ = ["inverse", "round_down", "widen_bounds", "write_bounds"]
 
-CODES = tl.constexpr(255.0)
-FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-TINY = tl.constexpr(2.0**-120)
-LARGER = tl.constexpr(1 + 2.0**-20)
+CODES = tl.constexpr(float(reference_bounds.CODES))
+FLOAT32_MAX = tl.constexpr(reference_bounds.FLOAT32_MAX)
+TINY = tl.constexpr(reference_bounds.TINY)
+LARGER = tl.constexpr(reference_bounds.LARGER)
 
 
 @triton.jit

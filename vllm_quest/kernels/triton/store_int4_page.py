@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vllm_quest.kernels import reference_int4
 from vllm_quest.kernels.triton.bounds import round_down, widen_bounds
 from vllm_quest.kernels.triton.codes import (
     NO_FRACTION,
@@ -20,7 +21,7 @@ from vllm_quest.kernels.triton.touched import find_new
 
 __all__ = ["store_page"]
 
-LARGEST = tl.constexpr(2.0**126)  # what larger elements are stored as: a range must be finite, too
+LARGEST = tl.constexpr(reference_int4.LARGEST)
 
 
 @triton.jit
