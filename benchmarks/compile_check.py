@@ -3,7 +3,8 @@
     python -m benchmarks.compile_check [--json PATH] [--targets sm_90 gfx942] [--jobs 2]
 
 Fails where registers run out in a loop, on more shared memory than the target has, where the bulk of the data
-is not loaded 16 bytes at a time, and where a masked load fills bytes in a way that some Triton gets wrong.
+is not loaded 16 bytes at a time or a pointer's alignment is not known, and where a masked load fills bytes in
+a way that some Triton gets wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.compiled import Figures, figures, fills_wrongly
+from benchmarks.compiled import Figures, figures, fills_wrongly, unaligned_pointers
 from benchmarks.recorder import KIB, TARGETS, recording
 from vllm_quest.kernels import triton as kernels
 from vllm_quest.layout import Int4Keys, Int4Values, PageLayout, PageViews
@@ -198,6 +199,8 @@ def check(index: int, target_name: str) -> Result:
         "spills": found.spills,
         f"more shared memory than {target.shared_limit // KIB} KiB": shared > target.shared_limit,
         "fills bytes by a mask": fills_wrongly(compiled.asm["ttgir"]),
+        # The launchers' tensors are all aligned.
+        "pointers of unknown alignment": bool(unaligned_pointers(compiled.asm["ttgir"])),
         # A page to dequantize can be smaller than what a wave loads with 16 bytes per thread.
         "no 16-byte loads": found.wide_loads == 0 and case.kernel != "dequantize",
     }
