@@ -7,7 +7,8 @@ import re
 import pytest
 
 from tests.tools.spilling import compiled_figures
-from tools.compile_check.compiled import Figures
+from tests.tools.struct_kernel import SIZE, compiled_struct
+from tools.compile_check.compiled import Figures, unaligned_pointers
 from tools.compile_check.control_flow import in_loops
 
 
@@ -32,6 +33,25 @@ def test_where_loops_are_not_looked_for_every_spill_counts() -> None:
 @pytest.mark.parametrize(("limit", "spills"), [(255, False), (168, True)])
 def test_registers_have_run_out_near_the_limit_only(limit, spills) -> None:
     assert Figures(168, limit, spilled=8, loop_spills=2, wide_loads=1, loads=1).spills is spills
+
+
+def test_pointers_in_structs_keep_their_alignment(compiling) -> None:
+    unaligned, figures, parameters = compiling.submit(compiled_struct, 0).result()
+    assert unaligned == []
+    assert figures.loads == figures.wide_loads == SIZE // (4 * 32)
+    assert parameters == [2, SIZE, 1, SIZE]  # neither None nor 1: they are compiled in
+
+
+def test_a_pointer_of_unknown_alignment_in_a_struct_is_found(compiling) -> None:
+    unaligned, _, _ = compiling.submit(compiled_struct, 1).result()
+    assert len(unaligned) == 1
+
+
+def test_unaligned_pointers_are_named() -> None:
+    arguments = "%a.b: !tt.ptr<f32> {tt.divisibility = 16 : i32}, %c: !tt.ptr<bf16, 1>, %d: i32"
+    assert unaligned_pointers(f"tt.func public @_kernel({arguments}) attributes {{}}") == ["c"]
+    with pytest.raises(RuntimeError, match="no kernel"):
+        unaligned_pointers("")
 
 
 def sass(text: str) -> str:

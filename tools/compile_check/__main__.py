@@ -3,7 +3,8 @@
     python -m tools.compile_check [--json PATH] [--targets sm_90 gfx942] [--jobs 2]
 
 Fails where registers run out in a loop, on more shared memory than the target has, where the bulk of the data
-is not loaded 16 bytes at a time, and where a masked load fills bytes in a way that some Triton gets wrong.
+is not loaded 16 bytes at a time or a pointer's alignment is not known, and where a masked load fills bytes in
+a way that some Triton gets wrong.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tools.compile_check.cases import cases
-from tools.compile_check.compiled import Figures, figures, fills_wrongly
+from tools.compile_check.compiled import Figures, figures, fills_wrongly, unaligned_pointers
 from tools.compile_check.recorder import KIB, TARGETS, recording
 
 __all__ = ["Result", "check"]
@@ -32,6 +32,8 @@ def check(index: int, target_name: str) -> Result:
         "spills": found.spills,
         f"more shared memory than {target.shared_limit // KIB} KiB": shared > target.shared_limit,
         "fills bytes by a mask": fills_wrongly(compiled.asm["ttgir"]),
+        # The launchers' tensors are all aligned.
+        "pointers of unknown alignment": bool(unaligned_pointers(compiled.asm["ttgir"])),
         # A page to dequantize can be smaller than what a wave loads with 16 bytes per thread.
         "no 16-byte loads": found.wide_loads == 0 and case.kernel != "dequantize",
     }

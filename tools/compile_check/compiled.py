@@ -11,7 +11,7 @@ import triton
 
 from tools.compile_check.control_flow import in_loops
 
-__all__ = ["Figures", "figures", "fills_wrongly"]
+__all__ = ["Figures", "figures", "fills_wrongly", "unaligned_pointers"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ def fills_wrongly(ttgir: str) -> bool:
     negative = set(re.findall(r"(%\w+) = arith\.constant dense<-\d+> : tensor<[^>]*xi(?:8|16)\b", ttgir))
     loads = re.findall(r"tt\.load %[^,\n]+, %[^,\n]+, (%\w+)|mask %\S+ other (%\w+)", ttgir)
     return any(negative & set(found) for found in loads)
+
+
+def unaligned_pointers(ttgir: str) -> list[str]:
+    """Pointer arguments that the compiler does not know to be multiples of 16 bytes; also those in tuples."""
+    signature = re.search(r"tt\.func public @\w+\((.*)\) attributes", ttgir)
+    if signature is None:
+        raise RuntimeError("the compiler's output has no kernel")
+    pointers = re.findall(r"%([\w.]+): !tt\.ptr<[^>]*>( {[^}]*})?", signature.group(1))
+    return [name for name, attributes in pointers if "tt.divisibility = 16" not in attributes]
 
 
 def _nvidia_figures(compiled) -> Figures:

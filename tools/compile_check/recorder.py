@@ -84,7 +84,16 @@ class Recorder:
     def parameters(self, gpu: GPUTarget) -> list:
         """The arguments that are not compiled in, in the order of the compiled kernel's parameters."""
         bound, signature, _, _ = self.pack(gpu)
-        return [bound[name] for name, kind in signature.items() if kind != "constexpr"]
+        return list(_leaves(tuple(bound.values()), tuple(signature.values())))
+
+
+def _leaves(values: tuple, kinds: tuple) -> Iterator:
+    """The values in nested tuples that are not compiled in."""
+    for value, kind in zip(values, kinds, strict=True):
+        if isinstance(kind, tuple):
+            yield from _leaves(value, kind)
+        elif kind != "constexpr":
+            yield value
 
 
 @contextmanager

@@ -16,74 +16,63 @@ from vllm_quest.kernels.triton.launch import check_cache, choose
 from vllm_quest.kernels.triton.lookup import block_of, page_at, spread
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
+from vllm_quest.kernels.triton.structs import DOT_ROWS, Cache, PerHead, Shape, Split
 from vllm_quest.kernels.triton.workspace import Workspace
 
 __all__ = ["attend_pages"]
 
 
-@triton.jit(do_not_specialize=["splits", "min_context"])
+@triton.jit(do_not_specialize=["splits", "sparse_context"])
 def _attend_kernel(
     query,
-    key_cache,
-    value_cache,
-    block_table,
-    seq_lens,
-    page_indices,
+    cache,
+    contexts,
+    selection,
     out,
     scratch,
-    arrivals,
     scale_log2,
     least_weight,
     splits,
-    budget_pages,
-    min_context,
-    stride_query_row,
-    stride_query_head,
-    stride_block,
-    stride_kv_head,
-    stride_table,
-    stride_pages_row,
-    stride_pages_head,
-    stride_out_row,
-    stride_out_head,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    sparse_context,
+    shape: tl.constexpr,
+    group: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
 ):
+    GROUP: tl.constexpr = group.SIZE
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    HEAD_PAD: tl.constexpr = shape.HEAD_PAD
+    TOKEN_STRIDE: tl.constexpr = shape.TOKEN_STRIDE
+    PAGE_SIZE: tl.constexpr = shape.PAGE_SIZE
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
-    seq_len = tl.load(seq_lens + row)
-    reads_list = seq_len >= min_context
+    seq_len = tl.load(contexts.lengths + row)
+    reads_list = seq_len >= sparse_context
     pages = tl.cdiv(seq_len, PAGE_SIZE)
-    slots = tl.where(reads_list, tl.minimum(pages, budget_pages), pages) * PAGE_SIZE
+    slots = tl.where(reads_list, tl.minimum(pages, selection.budget_pages), pages) * PAGE_SIZE
     visible_end = slots - (pages * PAGE_SIZE - seq_len)  # the row's last page is the last of its list
     first, end, active = split_range(slots, TILE, split, splits)
-    head = tl.arange(0, 16)[:, None]
+    head = tl.arange(0, DOT_ROWS)[:, None]
     channel = tl.arange(0, HEAD_PAD)[None, :]
     inside = (head < GROUP) & (channel < HEAD_SIZE)
-    out += row * stride_out_row + kv_head * GROUP * stride_out_head
-    acc = tl.zeros([16, HEAD_PAD], tl.float32)
+    out_start = out.data + row * out.stride_row + kv_head * GROUP * out.stride_head
+    acc = tl.zeros([DOT_ROWS, HEAD_PAD], tl.float32)
     if first >= end:
         if active == 0 and split == 0:
-            tl.store(out + head * stride_out_head + channel, acc.to(out.dtype.element_ty), mask=inside)
+            nothing = acc.to(out_start.dtype.element_ty)
+            tl.store(out_start + head * out.stride_head + channel, nothing, mask=inside)
         return
 
-    query += row * stride_query_row + kv_head * GROUP * stride_query_head
-    q = tl.load(query + head * stride_query_head + channel, mask=inside, other=0.0).to(DOT)
-    key_cache += kv_head * stride_kv_head
-    value_cache += kv_head * stride_kv_head
-    block_table += row * stride_table
-    page_indices += row * stride_pages_row + kv_head * stride_pages_head
-    peak = tl.full([16], float("-inf"), tl.float32)
-    norm = tl.zeros([16], tl.float32)
-    PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
+    q = query.data + row * query.stride_row + kv_head * GROUP * query.stride_head
+    q = tl.load(q + head * query.stride_head + channel, mask=inside, other=0.0).to(DOT)
+    key_cache = cache.key + kv_head * cache.stride_kv_head
+    value_cache = cache.value + kv_head * cache.stride_kv_head
+    block_table = contexts.block_table + row * contexts.stride_row
+    page_indices = selection.page_indices + row * selection.stride_row + kv_head * selection.stride_head
+    peak = tl.full([DOT_ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([DOT_ROWS], tl.float32)
+    PAGES_PER_BLOCK: tl.constexpr = shape.BLOCK_SIZE // PAGE_SIZE
     SPAN: tl.constexpr = min(TILE, PAGE_SIZE)
     last_place = tl.cdiv(end, PAGE_SIZE)
     listed = tl.where(reads_list, last_place, 0)
@@ -93,7 +82,7 @@ def _attend_kernel(
     in_block = page % PAGES_PER_BLOCK * PAGE_SIZE + slot % PAGE_SIZE
     page = page_at((slot + TILE) // PAGE_SIZE, listed, page_indices)
     for start in tl.range(first, end, TILE):
-        offset = block.to(tl.int64) * stride_block + in_block * TOKEN_STRIDE
+        offset = block.to(tl.int64) * cache.stride_block + in_block * TOKEN_STRIDE
         offset = spread(offset, TOKEN_STRIDE, SPAN, 8)  # 16 bytes
         offset = offset[:, None] + channel
         slot += TILE
@@ -104,7 +93,7 @@ def _attend_kernel(
         loaded = visible[:, None] & (channel < HEAD_SIZE)
         key = tl.load(key_cache + offset, mask=loaded, other=0.0).to(DOT)
         logits = tl.dot(q, tl.trans(key), input_precision="ieee") * scale_log2
-        logits = tl.where(visible[None, :], logits, float("-inf"))  # [16, TILE]
+        logits = tl.where(visible[None, :], logits, float("-inf"))  # [DOT_ROWS, TILE]
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(logits - base[:, None])
@@ -120,8 +109,8 @@ def _attend_kernel(
 
     channels = tl.arange(0, HEAD_PAD)
     finish_split(
-        acc, peak, norm, out, scratch, arrivals, row, kv_head, split, splits, active, stride_out_head,
-        channels, channels < HEAD_SIZE, GROUP, HEADS, HEAD_SIZE, HEAD_PAD,
+        acc, peak, norm, PerHead(out_start, out.stride_row, out.stride_head), scratch, row, kv_head,
+        Split(split, splits, active), channels, channels < HEAD_SIZE, group, shape,
     )  # fmt: skip
 
 
@@ -162,20 +151,14 @@ def attend_pages(
     """
     key_cache, value_cache = cache
     check_cache(key_cache, value_cache, page_size)
-    _, num_kv_heads, block_size, head_size = key_cache.shape
+    kernel = "attend" if value_threshold is None else "attend_near"
     attention = Attention(
         kernel=_attend_kernel,
-        parts=(key_cache, value_cache),
-        strides=key_cache.stride()[:2],
-        constants={
-            "HEAD_SIZE": head_size,
-            "HEAD_PAD": triton.next_power_of_2(head_size),
-            "TOKEN_STRIDE": key_cache.stride(2),
-            "BLOCK_SIZE": block_size,
-            "PAGE_SIZE": page_size,
-        },
-        num_kv_heads=num_kv_heads,
-        choice=choose("attend" if value_threshold is None else "attend_near", head_size, key_cache.device),
+        cache=Cache.of(key_cache, value_cache),
+        shape=Shape.of(key_cache, page_size),
+        constants={},
+        num_kv_heads=key_cache.shape[1],
+        choice=choose(kernel, key_cache.shape[3], key_cache.device),
     )
     return attend(
         attention,

@@ -20,7 +20,8 @@ __all__ = ["attend_pages", "dequantize_blocks", "dequantized", "filling_pages", 
 LARGEST = 2.0**126  # what larger elements, infinite ones too, are stored as: a range must be finite, too
 STEPS = 15  # of a 4-bit code
 FINE = 16  # an 8-bit code counts sixteenths of such a step, from half a step below zero: 16 * k + 8
-NO_FRACTION = FINE // 2  # the low nibble of an 8-bit code that is exactly a 4-bit one
+NO_FRACTION = FINE // 2  # the residual, low nibble of an 8-bit code, of what its 4-bit code hits exactly
+TAGS = 16  # page numbers that a residual's tag, a nibble, tells apart
 
 
 def unpack(codes: torch.Tensor) -> torch.Tensor:
@@ -111,7 +112,7 @@ def _store_keys(
     fine = _fine_codes(keys, *_page_steps(key_cache, block, page))
     key_cache.codes[block, :, page] = pack(fine >> 4)
     residual = fine & 15
-    residual[:, :, -1] = (page % FINE)[:, None, None].byte()
+    residual[:, :, -1] = (page % TAGS)[:, None, None].byte()
     key_cache.residual[block[owns_residual]] = pack(residual[owns_residual])
 
 
@@ -144,7 +145,7 @@ def _store_values(
 def _has_residual(key_cache: Int4Keys, block: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
     """Whether the residuals of K and V are those of n pages, ``[n, H, 1, 1]``."""
     owner = key_cache.residual[block, :, -1:, :1] >> 4
-    return owner == (page % FINE)[:, None, None, None]
+    return owner == (page % TAGS)[:, None, None, None]
 
 
 def _fine_codes(elements: torch.Tensor, zero: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

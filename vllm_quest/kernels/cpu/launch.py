@@ -2,8 +2,9 @@
 
 A kernel is the closure that a cached factory returns: the constants of one configuration are its free
 variables, so its loops have fixed trip counts, and numba keeps its machine code on disk for the next process.
-Kernels take addresses, and strides in elements, as integers. Work is cut into items that the threads take
-from a shared counter.
+Kernels take addresses, and strides in elements, as integers, one by one: numba asks Python for the type of
+every named tuple at each launch, and a few of them cost several times what the launch itself does. Work is
+cut into items that the threads take from a shared counter.
 """
 
 from __future__ import annotations

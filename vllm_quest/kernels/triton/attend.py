@@ -8,6 +8,17 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from vllm_quest.kernels.triton.launch import SPLIT_TOKENS, Choice, check_group, dot_type, split_count
+from vllm_quest.kernels.triton.structs import (
+    Cache,
+    Contexts,
+    Group,
+    Int4Pages,
+    Int4Shape,
+    PerHead,
+    Scratch,
+    Selection,
+    Shape,
+)
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
 
 __all__ = ["Attention", "attend"]
@@ -20,9 +31,9 @@ class Attention(NamedTuple):
     """How attention reads a cache."""
 
     kernel: JITFunction
-    parts: tuple  # of the cache, as the kernel is given them
-    strides: tuple[int, ...]  # theirs
-    constants: dict[str, Any]
+    cache: Cache | Int4Pages
+    shape: Shape | Int4Shape
+    constants: dict[str, Any]  # what else it is specialized for
     num_kv_heads: int
     choice: Choice
 
@@ -78,7 +89,7 @@ def attend(
         raise ValueError(f"out: {tuple(out.shape)}; needed: {tuple(query.shape)}, contiguous in D")
 
     pairs = rows * num_kv_heads
-    max_pages = block_table.shape[1] * (attention.constants["BLOCK_SIZE"] // page_size)
+    max_pages = block_table.shape[1] * (attention.shape.BLOCK_SIZE // page_size)
     most_tokens = longest_read(max_pages, budget_pages, page_size, sparse_context)
     splits = split_count("attend", pairs, triton.cdiv(most_tokens, SPLIT_TOKENS), query.device)
     needed = attend_scratch(pairs, group, head_size, most_tokens, query.device)
@@ -86,32 +97,21 @@ def attend(
         workspace = Workspace.allocate(needed, pairs, query.device)
     workspace.check(needed, pairs)
     attention.kernel[(splits, num_kv_heads, rows)](
-        query,
-        *attention.parts,
-        block_table,
-        seq_lens,
-        page_indices,
-        out,
-        workspace.scratch,
-        workspace.arrivals,
+        PerHead.of(query),
+        attention.cache,
+        Contexts.of(block_table, seq_lens),
+        Selection.of(page_indices),
+        PerHead.of(out),
+        Scratch(workspace.scratch, workspace.arrivals),
         scale * LOG2E,
         None if value_threshold is None else math.exp(-value_threshold),
         splits,
-        budget_pages,
         sparse_context,
-        query.stride(0),
-        query.stride(1),
-        *attention.strides,
-        block_table.stride(0),
-        page_indices.stride(0),
-        page_indices.stride(1),
-        out.stride(0),
-        out.stride(1),
-        GROUP=group,
-        HEADS=triton.next_power_of_2(group),
+        shape=attention.shape,
+        group=Group.of(group),
         TILE=attention.choice.tile,
         DOT=dot_type(query.dtype),
-        **attention.choice.options,
         **attention.constants,
+        **attention.choice.options,
     )
     return out

@@ -1,14 +1,16 @@
-"""Device helpers that write kmin and kmax of a page, as `kernels.reference_bounds` does."""
+"""Device helpers that write kmin and kmax of a page, as `kernels.bounds` does."""
 
 import triton
 import triton.language as tl
 
+from vllm_quest.kernels import bounds as reference
+
 __all__ = ["inverse", "round_down", "widen_bounds", "write_bounds"]
 
-CODES = tl.constexpr(255.0)
-FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-TINY = tl.constexpr(2.0**-120)
-LARGER = tl.constexpr(1 + 2.0**-20)
+CODES = tl.constexpr(float(reference.CODES))
+FLOAT32_MAX = tl.constexpr(reference.FLOAT32_MAX)
+TINY = tl.constexpr(reference.TINY)
+LARGER = tl.constexpr(reference.LARGER)
 
 
 @triton.jit

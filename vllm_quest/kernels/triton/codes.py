@@ -7,11 +7,14 @@ is two tiles of tokens, and nothing has to change places between threads.
 import triton
 import triton.language as tl
 
+from vllm_quest.formats.int4 import reference
 from vllm_quest.kernels.triton.bounds import inverse
 
 __all__ = [
+    "FINE",
     "LARGEST_FLOAT16",
     "NO_FRACTION",
+    "STEP",
     "TAGS",
     "as_float",
     "fine_codes",
@@ -26,10 +29,11 @@ __all__ = [
     "units_of",
 ]
 
-STEPS = tl.constexpr(15.0)
-FINE = tl.constexpr(16.0)  # an 8-bit code counts sixteenths of a 4-bit step
-NO_FRACTION = tl.constexpr(8)  # residual of a token that has exactly its 4-bit code
-TAGS = tl.constexpr(16)  # page numbers that a residual's tag tells apart
+STEPS = tl.constexpr(float(reference.STEPS))
+FINE = tl.constexpr(float(reference.FINE))
+NO_FRACTION = tl.constexpr(reference.NO_FRACTION)
+TAGS = tl.constexpr(reference.TAGS)
+STEP = tl.constexpr(1 / reference.STEPS)  # of a range, a quantizer's step
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
 TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no room for a fraction
 

@@ -12,14 +12,14 @@ import triton.language as tl
 
 from vllm_quest.formats.int4 import Int4Keys, Int4Values
 from vllm_quest.kernels.bounds import PageBounds
+from vllm_quest.kernels.triton.structs import DOT_ROWS, Bounds, Int4Pages, Int4Shape
 
 __all__ = [
     "CHUNK",
-    "GROUP_PAD",
     "SPLIT_TOKENS",
     "Choice",
-    "Int4Cache",
-    "bound_strides",
+    "Int4Parts",
+    "bounds_of",
     "check_bounds",
     "check_cache",
     "check_group",
@@ -40,7 +40,6 @@ SPLIT_TOKENS = 128
 # One program merges what the splits of a row found: the outputs of all splits, but only the sums of scores.
 _MAX_SPLITS = {"score": 256, "attend": 32}
 
-GROUP_PAD = 16  # a tensor core takes at least this many query heads
 CHUNK = 2048  # pages that one program of the selection holds in registers
 
 # Read once, as `triton.jit` read it when it decorated our kernels.
@@ -167,7 +166,7 @@ def split_total(kernel: str, pairs: int, tiles: int, device: torch.device) -> in
 
 def check_group(num_heads: int, num_kv_heads: int) -> int:
     """Query heads per KV head; ValueError where the kernels cannot pack them."""
-    if num_heads % num_kv_heads or num_heads > GROUP_PAD * num_kv_heads:
+    if num_heads % num_kv_heads or num_heads > DOT_ROWS.value * num_kv_heads:
         raise ValueError(f"query: {num_heads} heads for {num_kv_heads} KV heads; allowed: groups of 1 to 16")
     return num_heads // num_kv_heads
 
@@ -181,12 +180,11 @@ def check_bounds(bounds: PageBounds, head_size: int) -> None:
         )
 
 
-def bound_strides(bounds: PageBounds) -> tuple[int, int, int, int]:
-    """Block and head stride of the bounds, and of their offsets and scales."""
-    params = bounds.values if bounds.params is None else bounds.params
-    block, head = bounds.values.stride()[:2]
-    params_block, params_head = params.stride()[:2]
-    return block, head, params_block, params_head
+def bounds_of(bounds: PageBounds) -> Bounds:
+    """Bounds as the kernels are given them."""
+    values, params = bounds
+    like = values if params is None else params
+    return Bounds(values, params, *values.stride()[:2], *like.stride()[:2])
 
 
 def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: int) -> None:
@@ -201,8 +199,8 @@ def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: i
         )
 
 
-class Int4Cache(NamedTuple):
-    """4-bit pages as the kernels are given them; parts of the same runs, whose strides they share."""
+class Int4Parts(NamedTuple):
+    """The checked parts of 4-bit pages, of the same runs, whose strides they share."""
 
     key: torch.Tensor  # codes of K
     key_residual: torch.Tensor
@@ -219,21 +217,38 @@ class Int4Cache(NamedTuple):
     head_size: int
 
     @property
-    def constants(self) -> dict[str, int]:
+    def shape(self) -> Int4Shape:
         """What every kernel is specialized for."""
         groups = self.value_params.shape[3]
-        return {
-            "HEAD_SIZE": self.head_size,
-            "HEAD_PAD": triton.next_power_of_2(self.head_size),
-            "GROUPS": groups,
-            "GROUPS_PAD": triton.next_power_of_2(groups),
-            "GROUP_PAD": triton.next_power_of_2(self.head_size // groups),
-            "BLOCK_SIZE": self.block_size,
-            "PAGE_SIZE": self.page_size,
-        }
+        return Int4Shape(
+            HEAD_SIZE=self.head_size,
+            HEAD_PAD=triton.next_power_of_2(self.head_size),
+            GROUPS=groups,
+            GROUPS_PAD=triton.next_power_of_2(groups),
+            CHANNELS_PAD=triton.next_power_of_2(self.head_size // groups),
+            BLOCK_SIZE=self.block_size,
+            PAGE_SIZE=self.page_size,
+        )
+
+    @property
+    def pages(self) -> Int4Pages:
+        """As the kernels that work on bytes are given them."""
+        return Int4Pages(*self[:7], self.stride_block, self.stride_kv_head)
+
+    @property
+    def words(self) -> Int4Pages:
+        """As attention is given them: two channels at a time, but for bounds that are no codes."""
+        pair = torch.uint16
+        return self.pages._replace(
+            key_codes=self.key.view(pair),
+            key_residual=self.key_residual.view(pair),
+            value_codes=self.value.view(pair),
+            value_residual=self.value_residual.view(pair),
+            bounds=self.bounds.view(torch.int32 if self.bound_params is None else pair),
+        )
 
     @classmethod
-    def of(cls, key_cache: Int4Keys, value_cache: Int4Values) -> "Int4Cache":
+    def of(cls, key_cache: Int4Keys, value_cache: Int4Values) -> "Int4Parts":
         """The parts of a cache.
 
         Raises:

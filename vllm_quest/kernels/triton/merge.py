@@ -13,20 +13,21 @@ MERGED_ELEMENTS = tl.constexpr(8192)  # of the splits' outputs that a program lo
 @triton.jit
 def _merge_splits(
     out,
-    stride_out_head,
     partials,
     lse,
     active,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
+    group: tl.constexpr,
+    shape: tl.constexpr,
 ):
     """Writes the sum of the splits' outputs, each weighted by its share of the softmax.
 
     Every thread has elements of its own and loads those of several splits at once: the threads need not wait
     for each other, and the latency of the loads shows once, not once per split.
     """
+    GROUP: tl.constexpr = group.SIZE
+    HEADS: tl.constexpr = group.PAD
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    HEAD_PAD: tl.constexpr = shape.HEAD_PAD
     AT_ONCE: tl.constexpr = max(1, min(8, MERGED_ELEMENTS // (HEADS * HEAD_PAD)))
     element = tl.arange(0, HEADS * HEAD_PAD)
     head, channel = element // HEAD_PAD, element % HEAD_PAD
@@ -49,7 +50,7 @@ def _merge_splits(
             norm += weight
             acc += weight * tl.load(partials + split * GROUP * HEAD_SIZE, mask=known, other=0.0)
     acc = acc / tl.where(norm > 0.0, norm, 1.0)
-    tl.store(out + head * stride_out_head + channel, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out.data + head * out.stride_head + channel, acc.to(out.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -59,40 +60,36 @@ def finish_split(
     norm,
     out,
     scratch,
-    arrivals,
     row,
     kv_head,
     split,
-    splits,
-    active,
-    stride_out_head,
     channel,
     in_head,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
+    group: tl.constexpr,
+    shape: tl.constexpr,
 ):
     """Writes the output of a (row, KV head), or leaves it to its last split.
 
     `out` points at the first query head of the group; `channel` says which channels the columns of `acc`
     are, `in_head` which columns are none.
     """
+    GROUP: tl.constexpr = group.SIZE
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
     head = tl.arange(0, acc.shape[0])
     inside = (head < GROUP)[:, None] & in_head[None, :]
     acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
-    if active > 1:
+    if split.active > 1:
         pair = row * tl.num_programs(1) + kv_head
-        partials = scratch + pair * splits * GROUP * HEAD_SIZE
+        partials = scratch.data + pair * split.splits * GROUP * HEAD_SIZE
         lse = (
-            scratch
-            + (tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * HEAD_SIZE + pair) * splits * GROUP
+            scratch.data
+            + (tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * HEAD_SIZE + pair) * split.splits * GROUP
         )
-        places = (split * GROUP + head[:, None]) * HEAD_SIZE + channel[None, :]
+        places = (split.number * GROUP + head[:, None]) * HEAD_SIZE + channel[None, :]
         tl.store(partials + places, acc, mask=inside)
-        tl.store(lse + split * GROUP + head, peak + tl.log2(norm), mask=head < GROUP)
-        if arrive_last(arrivals + pair, active):
-            _merge_splits(out, stride_out_head, partials, lse, active, GROUP, HEADS, HEAD_SIZE, HEAD_PAD)
+        tl.store(lse + split.number * GROUP + head, peak + tl.log2(norm), mask=head < GROUP)
+        if arrive_last(scratch.arrivals + pair, split.active):
+            _merge_splits(out, partials, lse, split.active, group, shape)
     else:
-        targets = out + head[:, None] * stride_out_head + channel[None, :]
-        tl.store(targets, acc.to(out.dtype.element_ty), mask=inside)
+        targets = out.data + head[:, None] * out.stride_head + channel[None, :]
+        tl.store(targets, acc.to(out.data.dtype.element_ty), mask=inside)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vllm_quest.kernels.triton.launch import CHUNK
 from vllm_quest.kernels.triton.split import arrive_last
+from vllm_quest.kernels.triton.structs import Budget, PerHead, Scratch
 from vllm_quest.kernels.triton.workspace import Workspace, select_scratch
 
 __all__ = ["select_pages"]
@@ -24,7 +25,7 @@ _FORCED = tl.constexpr(0xFFFFFFFF)
 
 
 @triton.jit
-def _ordered_keys(page_scores, page, max_pages, end, total, sink_pages, recent_pages):
+def _ordered_keys(page_scores, page, max_pages, end, total, budget):
     """uint32 keys in the order of the scores, for `page` below `end`."""
     # Masked by the buffer's length and not by `end`, of which the compiler knows no alignment: 16-byte loads.
     score = tl.load(page_scores + page, mask=page < max_pages, other=0.0)
@@ -32,7 +33,7 @@ def _ordered_keys(page_scores, page, max_pages, end, total, sink_pages, recent_p
     bits = score.to(tl.uint32, bitcast=True)
     key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     key = tl.minimum(tl.maximum(key, 1), _BEST)
-    forced = (page < sink_pages) | (page >= total - recent_pages)
+    forced = (page < budget.sink_pages) | (page >= total - budget.recent_pages)
     return tl.where(page < end, tl.where(forced, _FORCED, key), 0).to(tl.uint32)
 
 
@@ -143,15 +144,8 @@ def _select_kernel(
     num_pages,
     out,
     scratch,
-    arrivals,
     max_pages,
-    budget_pages,
-    sink_pages,
-    recent_pages,
-    stride_scores_row,
-    stride_scores_head,
-    stride_out_row,
-    stride_out_head,
+    budget,
     CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
@@ -160,7 +154,8 @@ def _select_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     total = tl.load(num_pages + row)
-    out += row * stride_out_row + kv_head * stride_out_head
+    out = out.data + row * out.stride_row + kv_head * out.stride_head
+    budget_pages = budget.pages
     if total <= budget_pages:  # nothing to choose, and no score is read
         for start in range(chunk * CHUNK, budget_pages, chunks * CHUNK):
             page = start + tl.arange(0, CHUNK)
@@ -171,12 +166,12 @@ def _select_kernel(
         return
     end = tl.minimum(first + CHUNK, total)
     page = first + tl.arange(0, CHUNK)
-    page_scores += row * stride_scores_row + kv_head * stride_scores_head
-    key = _ordered_keys(page_scores, page, max_pages, end, total, sink_pages, recent_pages)
+    scores = page_scores.data + row * page_scores.stride_row + kv_head * page_scores.stride_head
+    key = _ordered_keys(scores, page, max_pages, end, total, budget)
 
     wanted = tl.minimum(budget_pages, end - first)
-    forced = tl.maximum(tl.minimum(end, sink_pages) - first, 0)
-    forced += tl.maximum(end - tl.maximum(total - recent_pages, first), 0)
+    forced = tl.maximum(tl.minimum(end, budget.sink_pages) - first, 0)
+    forced += tl.maximum(end - tl.maximum(total - budget.recent_pages, first), 0)
     low, high, at_high = _search(key, end - first, forced, wanted)
     chosen, place, _, _ = _choose(key, low, high, wanted - at_high, 0, 0)
     if total <= CHUNK:
@@ -184,14 +179,14 @@ def _select_kernel(
         return
     kept = tl.minimum(budget_pages, CHUNK)  # all chunks but the last have as many, so that none leaves a gap
     pair = row * tl.num_programs(1) + kv_head
-    keys = scratch + pair * 2 * chunks * kept
+    keys = scratch.data + pair * 2 * chunks * kept
     pages = keys + chunks * kept
     tl.store(keys + chunk * kept + place, key.to(tl.int32), mask=chosen)
     tl.store(pages + chunk * kept + place, page, mask=chosen)
     active = tl.cdiv(total, CHUNK)
-    if arrive_last(arrivals + pair, active):
+    if arrive_last(scratch.arrivals + pair, active):
         count = (active - 1) * kept + tl.minimum(kept, total - (active - 1) * CHUNK)
-        forced = sink_pages + recent_pages
+        forced = budget.sink_pages + budget.recent_pages
         if count <= CHUNK:  # in most rows, whatever the longest context that the model allows
             _choose_from_tile(out, keys, pages, count, forced, budget_pages, min(CANDIDATES, CHUNK))
         elif CANDIDATES <= 2 * CHUNK:
@@ -254,19 +249,12 @@ def select_pages(
         scratch, arrivals = workspace.scratch.view(torch.int32), workspace.arrivals
     chunks = triton.cdiv(max_pages, chunk)
     _select_kernel[(chunks, num_kv_heads, rows)](
-        page_scores,
+        PerHead.of(page_scores),
         num_pages,
-        out,
-        scratch,
-        arrivals,
+        PerHead.of(out),
+        Scratch(scratch, arrivals),
         max_pages,
-        budget_pages,
-        sink_pages,
-        recent_pages,
-        page_scores.stride(0),
-        page_scores.stride(1),
-        out.stride(0),
-        out.stride(1),
+        Budget(budget_pages, sink_pages, recent_pages),
         CHUNK=chunk,
         CANDIDATES=triton.next_power_of_2(chunks * min(budget_pages, chunk)),
         num_warps=max(1, min(8, chunk // (32 * KEYS_PER_THREAD))),

@@ -10,7 +10,7 @@ The four codes of a word are those of the even channel's low token and high toke
 import triton
 import triton.language as tl
 
-from vllm_quest.kernels.triton.codes import NO_FRACTION
+from vllm_quest.kernels.triton.codes import FINE, NO_FRACTION
 
 __all__ = ["HIGH_UNIT", "LOW_UNIT", "bytes_of", "codes_of", "fine_codes_of", "floats_of", "times_range"]
 
@@ -107,20 +107,20 @@ def codes_of(words, DOT: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _fine_code(code, rest, DOT: tl.constexpr):
+def _fine_code(code, residual, DOT: tl.constexpr):
     """A code, uint16, with its residual as a fraction, exactly: the bits of 1024 + both, less."""
-    bits = (code & 15) << 4 | (rest & 15) | 0x6400
-    return ((bits.to(tl.float16, bitcast=True) - (1024.0 + NO_FRACTION)) / 16.0).to(DOT)
+    bits = (code & 15) << 4 | (residual & 15) | 0x6400
+    return ((bits.to(tl.float16, bitcast=True) - (1024.0 + NO_FRACTION)) / FINE).to(DOT)
 
 
 @triton.jit
-def fine_codes_of(words, rest, DOT: tl.constexpr):
+def fine_codes_of(words, residual, DOT: tl.constexpr):
     """The four codes of uint16 words with the fractions of their residuals; exact in DOT."""
     return (
-        _fine_code(words, rest, DOT),
-        _fine_code(words >> 4, rest >> 4, DOT),
-        _fine_code(words >> 8, rest >> 8, DOT),
-        _fine_code(words >> 12, rest >> 12, DOT),
+        _fine_code(words, residual, DOT),
+        _fine_code(words >> 4, residual >> 4, DOT),
+        _fine_code(words >> 8, residual >> 8, DOT),
+        _fine_code(words >> 12, residual >> 12, DOT),
     )
 
 

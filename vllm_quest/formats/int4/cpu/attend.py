@@ -136,8 +136,8 @@ def attend_int4_kernel(
                 seq_len = get(pointer(seq_lens, "int32"), row)
                 table = advance(pointer(block_table, "int32"), row * table_row)
                 keys = advance(pointer(key_codes, "uint8"), head * key_head)
-                key_rests = advance(pointer(key_residual, "uint8"), head * key_residual_head)
-                value_rests = advance(pointer(value_residual, "uint8"), head * value_residual_head)
+                key_residuals = advance(pointer(key_residual, "uint8"), head * key_residual_head)
+                value_residuals = advance(pointer(value_residual, "uint8"), head * value_residual_head)
                 values = advance(pointer(value_codes, "uint8"), head * value_head)
                 words = advance(pointer(value_params, "bfloat16"), head * value_params_head)
                 limits = advance(pointer(bounds, bounds_dtype), head * bounds_head)
@@ -173,9 +173,11 @@ def attend_int4_kernel(
                             pair = page_start(pairs, params_block, table, page, pages_per_block, 2)
                             fold_keys(q, group, head_size, page_bounds, pair, coded, steps, zero_sums)
                             # A block has one, wherever its page is; only the context's last page reads it.
-                            rest = page_start(key_rests, key_residual_block, table, page, pages_per_block, 0)
+                            residual = page_start(
+                                key_residuals, key_residual_block, table, page, pages_per_block, 0
+                            )
                             place = page % pages_per_block
-                            if (page + 1) * page_size >= seq_len and has_residual(rest, half, place):
+                            if (page + 1) * page_size >= seq_len and has_residual(residual, half, place):
                                 fine = i
                                 fold_key_residual(steps, group, head_size, parts, zero_sums, no_parts)
                             for byte in range(0, half, key_step):
@@ -185,7 +187,7 @@ def attend_int4_kernel(
                                     tile = multiply_add_keys(tile, advance(steps, channel), head_size, codes)
                                 if fine == i:
                                     for channel in range(head_size):
-                                        codes = advance(rest, channel * half + byte)
+                                        codes = advance(residual, channel * half + byte)
                                         tile = multiply_add_keys(
                                             tile, advance(parts, channel), head_size, codes
                                         )
@@ -231,13 +233,13 @@ def attend_int4_kernel(
                             )
                             if fine >= 0:
                                 page = page_at(indices, start + fine, every)
-                                rest = page_start(
-                                    value_rests, value_residual_block, table, page, pages_per_block, 0
+                                residual = page_start(
+                                    value_residuals, value_residual_block, table, page, pages_per_block, 0
                                 )
                                 for token in range(min(visible_tokens(page, page_size, seq_len), half)):
-                                    rests = advance(rest, token * head_size + channel)
+                                    nibbles = advance(residual, token * head_size + channel)
                                     weight = advance(fine_weights, token)
-                                    tile = multiply_add_values(tile, weight, page_size, half, rests)
+                                    tile = multiply_add_values(tile, weight, page_size, half, nibbles)
                             for i in range(count):
                                 page = page_at(indices, start + i, every)
                                 seen = visible_tokens(page, page_size, seq_len)

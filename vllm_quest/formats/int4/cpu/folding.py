@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from vllm_quest.formats.int4 import reference
-from vllm_quest.formats.int4.cpu.nibbles import PAGE_TAGS, load_words
+from vllm_quest.formats.int4.cpu.nibbles import TAGS, load_words
 from vllm_quest.kernels.cpu.memory import advance, get, load, load_like, put, store
 from vllm_quest.kernels.cpu.simd import (
     add,
@@ -27,7 +27,7 @@ from vllm_quest.kernels.cpu.simd import (
 LANES = 16
 STEP = np.float32(1 / reference.STEPS)
 PART = np.float32(1 / reference.FINE)  # of a step, in which a residual counts
-NO_PART = np.float32(reference.NO_FRACTION)  # the residual of what its 4-bit code hits
+NO_FRACTION = np.float32(reference.NO_FRACTION)
 
 
 @njit(error_model="numpy")
@@ -58,7 +58,7 @@ def fold_key_residual(steps, group, head_size, parts, zero_logits, no_parts):
             part = multiply(load(advance(steps, channel), LANES), splat(PART, LANES))
             store(advance(parts, channel), 0, part)
             total = add(total, part)
-        put(no_parts, g, sum_tile(total) * NO_PART)
+        put(no_parts, g, sum_tile(total) * NO_FRACTION)
         put(zero_logits, g, get(zero_logits, g) - get(no_parts, g))
 
 
@@ -66,7 +66,7 @@ def fold_key_residual(steps, group, head_size, parts, zero_logits, no_parts):
 def forget_tag(last_token, stride, group, page, no_parts):
     """Makes the logits of a page's last token what they are without a residual: there stands the page."""
     for g in range(group):
-        no_part = get(no_parts, g) * (np.float32(1) - np.float32(page % PAGE_TAGS) / NO_PART)
+        no_part = get(no_parts, g) * (np.float32(1) - np.float32(page % TAGS) / NO_FRACTION)
         put(last_token, g * stride, get(last_token, g * stride) + no_part)
 
 
@@ -94,4 +94,4 @@ def fold_value_residual(folded, stride, group, page_size, fine_weights, zero_sum
             weight = load_like(advance(folded, g * stride + token), like)
             part = multiply(weight, splat_like(PART, weight))
             store(advance(fine_weights, g * page_size + token), 0, part)
-            put(zero_sums, g, get(zero_sums, g) - sum_tile(part) * NO_PART)
+            put(zero_sums, g, get(zero_sums, g) - sum_tile(part) * NO_FRACTION)

@@ -27,13 +27,13 @@ from vllm_quest.kernels.cpu.memory import get
 from vllm_quest.kernels.cpu.simd import add_outer, call
 
 BYTE = STORED_AS["uint8"]
-PAGE_TAGS = reference.FINE
+TAGS = reference.TAGS
 
 
 @njit(error_model="numpy")
 def has_residual(key_residual, half, page):
     """Whether the residuals of K and V in a block are those of its page `page`; K's is ``[D, S / 2]``."""
-    return int(get(key_residual, half - 1)) // PAGE_TAGS == page % PAGE_TAGS
+    return int(get(key_residual, half - 1)) // TAGS == page % TAGS
 
 
 def high_half(builder, x):

@@ -13,7 +13,7 @@ import torch
 from numba import njit, prange
 
 from vllm_quest.formats.int4 import Int4Cache, reference
-from vllm_quest.formats.int4.cpu.nibbles import PAGE_TAGS, has_residual, high_nibbles, low_nibbles, packed
+from vllm_quest.formats.int4.cpu.nibbles import TAGS, has_residual, high_nibbles, low_nibbles, packed
 from vllm_quest.kernels.cpu.bounds import (
     clamped,
     clear,
@@ -92,9 +92,9 @@ def read_older(codes, residual, belongs, bounds, head_size, half, count, keys, l
         step = get(bounds, head_size + channel) / STEPS - zero / STEPS
         for byte in range(0, half, lanes):
             code = load_like(advance(codes, channel * half + byte), like)
-            rest = load_like(advance(residual, channel * half + byte), like)
-            low = older_key(low_nibbles(code), low_nibbles(rest), belongs, zero, step)
-            high = older_key(high_nibbles(code), high_nibbles(rest), belongs, zero, step)
+            both = load_like(advance(residual, channel * half + byte), like)
+            low = older_key(low_nibbles(code), low_nibbles(both), belongs, zero, step)
+            high = older_key(high_nibbles(code), high_nibbles(both), belongs, zero, step)
             target = advance(keys, channel * 2 * half + byte)
             store_tile(target, 0, first_lanes(low, count - byte, np.float32(0)))
             store_tile(advance(target, half), 0, first_lanes(high, count - half - byte, np.float32(0)))
@@ -122,15 +122,15 @@ def write_keys(codes, residual, owns_residual, page, bounds, head_size, half, ke
             code = packed(high_nibbles(low), high_nibbles(high))
             store_tile(advance(codes, channel * half + byte), 0, code)
             if owns_residual:
-                rest = packed(low_nibbles(low), low_nibbles(high))
-                store_tile(advance(residual, channel * half + byte), 0, rest)
+                both = packed(low_nibbles(low), low_nibbles(high))
+                store_tile(advance(residual, channel * half + byte), 0, both)
         if owns_residual:
             last = advance(residual, channel * half + half - 1)
-            put(last, 0, np.float32(int(get(last, 0)) % PAGE_TAGS + page % PAGE_TAGS * PAGE_TAGS))
+            put(last, 0, np.float32(int(get(last, 0)) % TAGS + page % TAGS * TAGS))
 
 
 @njit(error_model="numpy")
-def keep_fractions(residual, count, head_size, half, like):
+def keep_residual(residual, count, head_size, half, like):
     """Keeps V's residual, ``[S / 2, D]``, of the first `count` tokens of a page; none for the others."""
     none = splat_like(NO_FRACTION, like)
     for token in range(max(0, count - half), half):
@@ -213,21 +213,23 @@ def store_int4_kernel(
                     place = block * key_block + head * key_block_head + page * half * head_size
                     codes = advance(pointer(key_codes, "uint8"), place)
                     place = block * key_residual_block + head * key_residual_head
-                    key_rest = advance(pointer(key_residual, "uint8"), place)
+                    residual_of_k = advance(pointer(key_residual, "uint8"), place)
                     place = block * value_block + head * value_block_head + page * half * head_size
                     values = advance(pointer(value_codes, "uint8"), place)
                     place = block * value_params_block + head * value_params_head
                     pairs = advance(pointer(value_params, "bfloat16"), place + page * page_size * groups * 2)
                     place = block * value_residual_block + head * value_residual_head
-                    value_rest = advance(pointer(value_residual, "uint8"), place)
+                    residual_of_v = advance(pointer(value_residual, "uint8"), place)
                     place = block * bounds_block + head * bounds_head + page * bounds_size
                     page_bounds = advance(pointer(bounds, bounds_dtype), place)
                     place = block * params_block + head * params_head + page * 2
                     pair = advance(pointer(params, "float32"), place)
-                    belongs = first > 0 and has_residual(key_rest, half, page)
+                    belongs = first > 0 and has_residual(residual_of_k, half, page)
                     if first > 0:
                         read_bounds(page_bounds, pair, coded, head_size, old)
-                        read_older(codes, key_rest, belongs, old, head_size, half, first, keys, like, lanes)
+                        read_older(
+                            codes, residual_of_k, belongs, old, head_size, half, first, keys, like, lanes
+                        )
                     else:
                         for i in range(0, keys_size, LANES):
                             store_tile(advance(keys, i), 0, zeros(1, 1, LANES))
@@ -235,7 +237,7 @@ def store_int4_kernel(
                     end = run_end(slots, token, last, page_size)
                     owns = end >= last or get(slots, end) // block_size != block
                     if owns:
-                        keep_fractions(value_rest, first if belongs else 0, head_size, half, row_like)
+                        keep_residual(residual_of_v, first if belongs else 0, head_size, half, row_like)
                     for i in range(token, end):
                         if get(slots, i) < 0:
                             continue
@@ -251,7 +253,7 @@ def store_int4_kernel(
                         row_of_v = position % half * head_size
                         params_of_v = advance(pairs, position * groups * 2)
                         write_value(
-                            v, advance(values, row_of_v), advance(value_rest, row_of_v), owns, params_of_v,
+                            v, advance(values, row_of_v), advance(residual_of_v, row_of_v), owns, params_of_v,
                             position >= half, groups, group_size, value_like, value_lanes,
                         )  # fmt: skip
                     token = end
@@ -262,7 +264,7 @@ def store_int4_kernel(
                     else:
                         write_rounded(page_bounds, head_size, found)
                     read_bounds(page_bounds, pair, coded, head_size, found)
-                    write_keys(codes, key_rest, owns, page, found, head_size, half, keys, like, lanes)
+                    write_keys(codes, residual_of_k, owns, page, found, head_size, half, keys, like, lanes)
 
     return kernel
 

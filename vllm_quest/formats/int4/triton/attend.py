@@ -17,14 +17,24 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.formats.int4 import Int4Cache as Cache
+from vllm_quest.formats.int4 import Int4Cache
 from vllm_quest.formats.int4.triton.attend_tile import attend_tile
 from vllm_quest.kernels.triton.attend import Attention, attend
 from vllm_quest.kernels.triton.codes import LARGEST_FLOAT16, TAGS, group_channels, power_of_two
-from vllm_quest.kernels.triton.launch import Int4Cache, choose, dot_type, takes_ptx
+from vllm_quest.kernels.triton.launch import Int4Parts, choose, dot_type, takes_ptx
 from vllm_quest.kernels.triton.lookup import block_of, page_at
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
+from vllm_quest.kernels.triton.structs import (
+    DOT_ROWS,
+    PerHead,
+    Places,
+    Softmax,
+    Span,
+    Split,
+    WideQuery,
+    Words,
+)
 from vllm_quest.kernels.triton.words import LOW_UNIT
 from vllm_quest.kernels.triton.workspace import Workspace
 
@@ -45,95 +55,77 @@ def _join_pages(acc, peak, norm, HEADS: tl.constexpr):
     return acc, top, norm
 
 
-@triton.jit(do_not_specialize=["splits", "min_context"])
+@triton.jit(do_not_specialize=["splits", "sparse_context"])
 def _attend_int4_kernel(
     query,
-    key_codes,
-    key_residual,
-    value_codes,
-    value_params,
-    value_residual,
-    bounds,
-    bound_params,
-    block_table,
-    seq_lens,
-    page_indices,
+    cache,
+    contexts,
+    selection,
     out,
     scratch,
-    arrivals,
     scale_log2,
     least_weight,
     splits,
-    budget_pages,
-    min_context,
-    stride_query_row,
-    stride_query_head,
-    stride_block,
-    stride_kv_head,
-    stride_table,
-    stride_pages_row,
-    stride_pages_head,
-    stride_out_row,
-    stride_out_head,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    sparse_context,
+    shape: tl.constexpr,
+    group: tl.constexpr,
+    words: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
-    KEY_DOT: tl.constexpr,
-    PTX: tl.constexpr,
 ):
+    GROUP: tl.constexpr = group.SIZE
+    HEADS: tl.constexpr = group.PAD
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    HEAD_PAD: tl.constexpr = shape.HEAD_PAD
+    GROUPS: tl.constexpr = shape.GROUPS
+    WIDTH: tl.constexpr = shape.GROUPS_PAD * shape.CHANNELS_PAD
+    PAGE_SIZE: tl.constexpr = shape.PAGE_SIZE
     HALF: tl.constexpr = PAGE_SIZE // 2
-    PAGES_PER_BLOCK: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
+    PAGES_PER_BLOCK: tl.constexpr = shape.BLOCK_SIZE // PAGE_SIZE
     # At least the 16 rows that a tensor core takes, of query heads and, as tokens are summed up, of bytes.
-    PAGES: tl.constexpr = max(32 // PAGE_SIZE, min(16 // HEADS, TILE // PAGE_SIZE), 1)
+    PAGES: tl.constexpr = max(2 * DOT_ROWS // PAGE_SIZE, min(DOT_ROWS // HEADS, TILE // PAGE_SIZE), 1)
     ROWS: tl.constexpr = PAGES * HALF
-    M: tl.constexpr = max(16, PAGES * HEADS)
-    IS_FLOAT16: tl.constexpr = query.dtype.element_ty == tl.float16
+    M: tl.constexpr = max(DOT_ROWS, PAGES * HEADS)
+    IS_FLOAT16: tl.constexpr = query.data.dtype.element_ty == tl.float16
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
-    seq_len = tl.load(seq_lens + row)
+    seq_len = tl.load(contexts.lengths + row)
     all_pages = tl.cdiv(seq_len, PAGE_SIZE)
-    reads_list = seq_len >= min_context
-    pages = tl.where(reads_list, tl.minimum(all_pages, budget_pages), all_pages)
+    reads_list = seq_len >= sparse_context
+    pages = tl.where(reads_list, tl.minimum(all_pages, selection.budget_pages), all_pages)
     listed = tl.where(reads_list, pages, 0)
-    seen = pages * PAGE_SIZE - (all_pages * PAGE_SIZE - seq_len)  # the row's last page is the list's last
+    tokens = pages * PAGE_SIZE - (all_pages * PAGE_SIZE - seq_len)  # the row's last page is the list's last
     first, end, active = split_range(pages, PAGES, split, splits)
-    out += row * stride_out_row + kv_head * GROUP * stride_out_head
-    value_channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    out_start = out.data + row * out.stride_row + kv_head * GROUP * out.stride_head
+    value_channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, shape.GROUPS_PAD, shape.CHANNELS_PAD)
     channel = tl.arange(0, HEAD_PAD)[None, :]
     if first >= end:
         if active == 0 and split == 0:
             head = tl.arange(0, HEADS)[:, None]
-            nothing = tl.zeros([HEADS, HEAD_PAD], tl.float32).to(out.dtype.element_ty)
-            tl.store(
-                out + head * stride_out_head + channel, nothing, mask=(head < GROUP) & (channel < HEAD_SIZE)
-            )
+            inside = (head < GROUP) & (channel < HEAD_SIZE)
+            nothing = tl.zeros([HEADS, HEAD_PAD], tl.float32).to(out_start.dtype.element_ty)
+            tl.store(out_start + head * out.stride_head + channel, nothing, mask=inside)
         return
 
     slot = tl.arange(0, M)
     head = slot % HEADS
-    query += row * stride_query_row + kv_head * GROUP * stride_query_head
     inside = (head < GROUP)[:, None] & (channel < HEAD_SIZE)
-    q = tl.load(query + head[:, None] * stride_query_head + channel, mask=inside, other=0.0).to(tl.float32)
+    q = query.data + row * query.stride_row + kv_head * GROUP * query.stride_head
+    q = tl.load(q + head[:, None] * query.stride_head + channel, mask=inside, other=0.0).to(tl.float32)
     q_scale = power_of_two(tl.max(tl.abs(q), 1)) / QUERY_SCALE
-    logit_scale = q_scale * scale_log2
     q_even, q_odd = tl.split(tl.reshape(q / q_scale[:, None], [M, HEAD_PAD // 2, 2]))
-    run = kv_head * stride_kv_head
-    block_table += row * stride_table
-    page_indices += row * stride_pages_row + kv_head * stride_pages_head
-    acc_even = tl.zeros([M, GROUPS_PAD * GROUP_PAD // 2], tl.float32)
-    acc_odd = tl.zeros([M, GROUPS_PAD * GROUP_PAD // 2], tl.float32)
-    peak = tl.full([M], float("-inf"), tl.float32)
-    norm = tl.zeros([M], tl.float32)
-    zeros = tl.zeros([M], tl.float32)  # the zero points' share of the output
+    wide_query = WideQuery(q_even, q_odd, q_scale * scale_log2)
+    run = kv_head * cache.stride_kv_head
+    block_table = contexts.block_table + row * contexts.stride_row
+    page_indices = selection.page_indices + row * selection.stride_row + kv_head * selection.stride_head
+    softmax = Softmax(
+        tl.zeros([M, WIDTH // 2], tl.float32),
+        tl.zeros([M, WIDTH // 2], tl.float32),
+        tl.full([M], float("-inf"), tl.float32),
+        tl.zeros([M], tl.float32),
+        tl.zeros([M], tl.float32),
+    )
     # The tile of the row's last page comes behind the loop, which then reads no residual.
     plain_end = tl.minimum(end, first + tl.maximum(pages - 1 - first, 0) // PAGES * PAGES)
     # Of every byte row, and of every row of the query.
@@ -145,8 +137,8 @@ def _attend_int4_kernel(
     page = page_at(place + PAGES, listed, page_indices)
     head_page = page_at(head_place + PAGES, listed, page_indices)
     for start in tl.range(first, plain_end, PAGES):
-        this_run, this_page = run + block.to(tl.int64) * stride_block, in_block
-        head_run, this_head_page = run + head_block.to(tl.int64) * stride_block, head_in_block
+        this_run, this_page = run + block.to(tl.int64) * cache.stride_block, in_block
+        head_run, this_head_page = run + head_block.to(tl.int64) * cache.stride_block, head_in_block
         place += PAGES
         head_place += PAGES
         block = block_of(page, place, end, block_table, PAGES_PER_BLOCK)
@@ -154,44 +146,41 @@ def _attend_int4_kernel(
         in_block, head_in_block = page % PAGES_PER_BLOCK, head_page % PAGES_PER_BLOCK
         page = page_at(place + PAGES, listed, page_indices)
         head_page = page_at(head_place + PAGES, listed, page_indices)
-        acc_even, acc_odd, peak, norm, zeros = attend_tile(
-            q_even, q_odd, logit_scale, acc_even, acc_odd, peak, norm, zeros,
-            start, this_run, this_page, head_run, this_head_page, pages, seen, pages,
-            key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
-            least_weight, GROUP, HEADS, HEAD_SIZE, GROUPS, GROUPS_PAD, GROUP_PAD,
-            PAGE_SIZE, ROWS, KEY_DOT, DOT, IS_FLOAT16, PTX, False,
+        softmax = attend_tile(
+            wide_query, softmax, cache, start, Places(this_run, this_page, head_run, this_head_page),
+            Span(pages, tokens, pages), least_weight, shape, group, words, ROWS, DOT, IS_FLOAT16, False,
         )  # fmt: skip
-    if GROUPS == 1 and PTX and IS_FLOAT16:
-        acc_even *= LOW_UNIT
-        acc_odd *= LOW_UNIT
+    if GROUPS == 1 and words.PTX and IS_FLOAT16:
+        softmax = Softmax(
+            softmax.even * LOW_UNIT, softmax.odd * LOW_UNIT, softmax.peak, softmax.norm, softmax.zeros
+        )
     if plain_end < end:
         last_page = all_pages - 1
         last_block = tl.load(block_table + last_page // PAGES_PER_BLOCK).to(tl.int64)
-        tag_at = (run + last_block * stride_block) * 8 + (HALF - 1) * (HEAD_SIZE // 2)
-        tag = tl.load(key_residual + tag_at).to(tl.int32) >> 4 & 15
+        tag_at = (run + last_block * cache.stride_block) * 8 + (HALF - 1) * (HEAD_SIZE // 2)
+        tag = tl.load(cache.key_residual + tag_at).to(tl.int32) >> 4 & 15
         residual_start = tl.where(tag == last_page % PAGES_PER_BLOCK % TAGS, pages - 1, pages)
-        acc_even, acc_odd, peak, norm, zeros = attend_tile(
-            q_even, q_odd, logit_scale, acc_even, acc_odd, peak, norm, zeros,
-            plain_end, run + block.to(tl.int64) * stride_block, in_block,
-            run + head_block.to(tl.int64) * stride_block, head_in_block, pages, seen, residual_start,
-            key_codes, key_residual, value_codes, value_params, value_residual, bounds, bound_params,
-            least_weight, GROUP, HEADS, HEAD_SIZE, GROUPS, GROUPS_PAD, GROUP_PAD,
-            PAGE_SIZE, ROWS, KEY_DOT, DOT, IS_FLOAT16, PTX, True,
+        this_run = run + block.to(tl.int64) * cache.stride_block
+        head_run = run + head_block.to(tl.int64) * cache.stride_block
+        softmax = attend_tile(
+            wide_query, softmax, cache, plain_end, Places(this_run, in_block, head_run, head_in_block),
+            Span(pages, tokens, residual_start), least_weight, shape, group, words, ROWS, DOT, IS_FLOAT16,
+            True,
         )  # fmt: skip
-    acc = tl.reshape(tl.join(acc_even, acc_odd), [M, GROUPS_PAD * GROUP_PAD]) + zeros[:, None]
+    acc = tl.reshape(tl.join(softmax.even, softmax.odd), [M, WIDTH]) + softmax.zeros[:, None]
     if IS_FLOAT16:  # rounded bounds and zero points may lie beyond float16; the output does not
-        most = LARGEST_FLOAT16 * norm[:, None]
+        most = LARGEST_FLOAT16 * softmax.norm[:, None]
         acc = tl.minimum(tl.maximum(acc, -most), most)
-    acc, peak, norm = _join_pages(acc, peak, norm, HEADS)
+    acc, peak, norm = _join_pages(acc, softmax.peak, softmax.norm, HEADS)
     finish_split(
-        acc, peak, norm, out, scratch, arrivals, row, kv_head, split, splits, active, stride_out_head,
-        value_channel, in_head, GROUP, HEADS, HEAD_SIZE, HEAD_PAD,
+        acc, peak, norm, PerHead(out_start, out.stride_row, out.stride_head), scratch, row, kv_head,
+        Split(split, splits, active), value_channel, in_head, group, shape,
     )  # fmt: skip
 
 
 def attend_pages(
     query: torch.Tensor,
-    cache: Cache,
+    cache: Int4Cache,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     page_indices: torch.Tensor | None,
@@ -224,27 +213,15 @@ def attend_pages(
     Raises:
         ValueError: A shape or stride that the kernel does not handle.
     """
-    parts = Int4Cache.of(*cache)
+    parts = Int4Parts.of(*cache)
     if page_size != parts.page_size:
         raise ValueError(f"page_size: {page_size}; the cache has pages of {parts.page_size} tokens")
     kernel = "attend_int4" if value_threshold is None else "attend_int4_near"
     attention = Attention(
         kernel=_attend_int4_kernel,
-        parts=(
-            parts.key.view(torch.uint16),
-            parts.key_residual.view(torch.uint16),
-            parts.value.view(torch.uint16),
-            parts.value_params,
-            parts.value_residual.view(torch.uint16),
-            parts.bounds.view(torch.int32 if parts.bound_params is None else torch.uint16),
-            parts.bound_params,
-        ),
-        strides=(parts.stride_block, parts.stride_kv_head),
-        constants={
-            **parts.constants,
-            "KEY_DOT": dot_type(torch.float16),
-            "PTX": takes_ptx(parts.key.device),
-        },
+        cache=parts.words,
+        shape=parts.shape,
+        constants={"words": Words(dot_type(torch.float16), takes_ptx(parts.key.device))},
         num_kv_heads=parts.num_kv_heads,
         choice=choose(kernel, parts.head_size, parts.key.device),
     )

@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.formats.int4 import Int4Cache as Cache
+from vllm_quest.formats.int4 import Int4Cache
 from vllm_quest.kernels.triton.codes import group_channels, limited, read_values, step_of, units_of
-from vllm_quest.kernels.triton.launch import Int4Cache, warps_for
+from vllm_quest.kernels.triton.launch import Int4Parts, warps_for
+from vllm_quest.kernels.triton.structs import Blocks
 
 __all__ = ["dequantize_blocks"]
 
@@ -25,29 +26,11 @@ def _store_tokens(out, place, wanted, tokens, channel, in_head, stride_token):
 
 
 @triton.jit
-def _dequantize_kernel(
-    key_codes,
-    value_codes,
-    value_params,
-    bounds,
-    bound_params,
-    blocks,
-    num_tokens,
-    key_out,
-    value_out,
-    stride_block,
-    stride_kv_head,
-    stride_out,
-    stride_out_head,
-    stride_out_token,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-):
+def _dequantize_kernel(cache, blocks, num_tokens, out, shape: tl.constexpr):
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    GROUPS: tl.constexpr = shape.GROUPS
+    GROUPS_PAD: tl.constexpr = shape.GROUPS_PAD
+    PAGE_SIZE: tl.constexpr = shape.PAGE_SIZE
     HALF: tl.constexpr = PAGE_SIZE // 2
     place = tl.program_id(0).to(tl.int64)
     page = tl.program_id(1)
@@ -57,47 +40,48 @@ def _dequantize_kernel(
     row = tl.arange(0, HALF)
     is_read = row < wanted  # where its low token is not wanted, neither is the high one
 
-    channel = tl.arange(0, HEAD_PAD)
+    channel = tl.arange(0, shape.HEAD_PAD)
     in_head = channel < HEAD_SIZE
-    run = block * stride_block + kv_head * stride_kv_head
+    run = block * cache.stride_block + kv_head * cache.stride_kv_head
     codes = run * 16 + page * (HALF * HEAD_SIZE)
     mask = is_read[:, None] & in_head[None, :]
-    bytes = tl.load(key_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0)
+    bytes = tl.load(cache.key_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0)
     bytes = bytes.to(tl.int32)
-    bounds += run * units_of(bounds) + page * (2 * HEAD_SIZE)
+    bounds = cache.bounds + run * units_of(cache.bounds) + page * (2 * HEAD_SIZE)
     known = channel < tl.where(wanted > 0, HEAD_SIZE, 0)
     kmin = tl.load(bounds + channel, mask=known, other=0).to(tl.float32)
     kmax = tl.load(bounds + HEAD_SIZE + channel, mask=known, other=0).to(tl.float32)
-    if bound_params is not None:
-        bound_params += run * 4 + page * 2
+    if cache.bound_params is not None:
+        bound_params = cache.bound_params + run * 4 + page * 2
         offset = tl.load(bound_params, mask=wanted > 0, other=0.0)
         scale = tl.load(bound_params + 1, mask=wanted > 0, other=0.0)
         kmin, kmax = offset + scale * kmin, offset + scale * kmax
     zero, step = kmin[None, :], step_of(kmin, kmax)[None, :]
-    key_out += place * stride_out + kv_head * stride_out_head + page * PAGE_SIZE * stride_out_token
+    start = place * out.stride_block + kv_head * out.stride_head + page * PAGE_SIZE * out.stride_token
     keys = zero + step * (bytes & 15).to(tl.float32)
-    _store_tokens(key_out, row, wanted, keys, channel, in_head, stride_out_token)
+    _store_tokens(out.key + start, row, wanted, keys, channel, in_head, out.stride_token)
     keys = zero + step * (bytes >> 4).to(tl.float32)
-    _store_tokens(key_out, row + HALF, wanted, keys, channel, in_head, stride_out_token)
+    _store_tokens(out.key + start, row + HALF, wanted, keys, channel, in_head, out.stride_token)
 
-    channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    channel, in_head = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, shape.CHANNELS_PAD)
     mask = is_read[:, None] & in_head[None, :]
-    bytes = tl.load(value_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0)
+    bytes = tl.load(
+        cache.value_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0
+    )
     bytes = bytes.to(tl.int32)
     group = tl.arange(0, GROUPS_PAD)[None, :]
-    params = value_params + run * 4 + page * (PAGE_SIZE * GROUPS)
+    params = cache.value_params + run * 4 + page * (PAGE_SIZE * GROUPS)
     params = params + row[:, None] * GROUPS + group
-    value_out += place * stride_out + kv_head * stride_out_head + page * PAGE_SIZE * stride_out_token
     values = read_values((bytes & 15).to(tl.float32), params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
-    _store_tokens(value_out, row, wanted, values, channel, in_head, stride_out_token)
+    _store_tokens(out.value + start, row, wanted, values, channel, in_head, out.stride_token)
     is_read = row + HALF < wanted
     params += HALF * GROUPS
     values = read_values((bytes >> 4).to(tl.float32), params, is_read[:, None] & (group < GROUPS), GROUPS_PAD)
-    _store_tokens(value_out, row + HALF, wanted, values, channel, in_head, stride_out_token)
+    _store_tokens(out.value + start, row + HALF, wanted, values, channel, in_head, out.stride_token)
 
 
 def dequantize_blocks(
-    cache: Cache,
+    cache: Int4Cache,
     blocks: torch.Tensor,
     num_tokens: torch.Tensor,
     key_out: torch.Tensor,
@@ -115,7 +99,7 @@ def dequantize_blocks(
     Raises:
         ValueError: A shape, stride or dtype that the kernel does not handle.
     """
-    parts = Int4Cache.of(*cache)
+    parts = Int4Parts.of(*cache)
     count, shape = len(blocks), (parts.num_kv_heads, parts.block_size, parts.head_size)
     if len(key_out) < count or key_out.shape[1:] != shape or value_out.shape != key_out.shape:
         raise ValueError(
@@ -129,18 +113,10 @@ def dequantize_blocks(
         return
     elements = parts.page_size // 2 * triton.next_power_of_2(parts.head_size)
     _dequantize_kernel[(count, parts.block_size // parts.page_size, parts.num_kv_heads)](
-        parts.key,
-        parts.value,
-        parts.value_params,
-        parts.bounds,
-        parts.bound_params,
+        parts.pages,
         blocks,
         num_tokens,
-        key_out,
-        value_out,
-        parts.stride_block,
-        parts.stride_kv_head,
-        *key_out.stride()[:3],
-        **parts.constants,
+        Blocks(key_out, value_out, *key_out.stride()[:3]),
+        shape=parts.shape,
         num_warps=warps_for(elements, ELEMENTS_PER_THREAD, blocks.device),
     )

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_quest.formats.int4 import Int4Cache as Cache
+from vllm_quest.formats.int4 import Int4Cache
 from vllm_quest.formats.int4.triton.store_page import store_page
-from vllm_quest.kernels.triton.launch import Int4Cache, warps_for
+from vllm_quest.kernels.triton.launch import Int4Parts, warps_for
+from vllm_quest.kernels.triton.structs import PerHead
 from vllm_quest.kernels.triton.touched import SPREAD_TOKENS, find_new, page_ends
 
 __all__ = ["store"]
@@ -24,37 +25,21 @@ ELEMENTS_PER_THREAD = 8  # of half a page: 16 bytes of K
 def _store_int4_kernel(
     key,
     value,
-    key_codes,
-    key_residual,
-    value_codes,
-    value_params,
-    value_residual,
-    bounds,
-    bound_params,
+    cache,
     slot_mapping,
     num_tokens,
-    stride_key,
-    stride_key_head,
-    stride_value,
-    stride_value_head,
-    stride_block,
-    stride_kv_head,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    shape: tl.constexpr,
     BLOCK_PAD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
+    BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
+    PAGE_SIZE: tl.constexpr = shape.PAGE_SIZE
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     kv_head = tl.program_id(1).to(tl.int64)
     pending = page_ends(slot_mapping, token, num_tokens, PAGE_SIZE)
-    key += kv_head * stride_key_head
-    value += kv_head * stride_value_head
-    run = kv_head * stride_kv_head
+    key = PerHead(key.data + kv_head * key.stride_head, key.stride_row, key.stride_head)
+    value = PerHead(value.data + kv_head * value.stride_head, value.stride_row, value.stride_head)
+    run = kv_head * cache.stride_kv_head
     last = tl.min(pending, 0)
     while last < num_tokens:
         last_slot = tl.load(slot_mapping + last)
@@ -72,37 +57,14 @@ def _store_int4_kernel(
         begins_with_it = goes_on & (last_position > end) & ends_block
         current = tl.where(is_left, last + 1, tl.where(begins_with_it, last - last_position + end, last))
         while current <= last:
-            store_page(
-                key,
-                value,
-                key_codes,
-                key_residual,
-                value_codes,
-                value_params,
-                value_residual,
-                bounds,
-                bound_params,
-                slot_mapping,
-                current,
-                run,
-                tl.where(ends_block & (current == last), PAGE_SIZE // 2, 0),
-                stride_key,
-                stride_value,
-                stride_block,
-                HEAD_SIZE,
-                HEAD_PAD,
-                GROUPS,
-                GROUPS_PAD,
-                GROUP_PAD,
-                BLOCK_SIZE,
-                PAGE_SIZE,
-            )
+            residual_rows = tl.where(ends_block & (current == last), PAGE_SIZE // 2, 0)
+            store_page(key, value, cache, slot_mapping, current, run, residual_rows, shape)
             tl.debug_barrier()
             current = tl.where(current == last, last + 1, last)
         last = tl.min(tl.where(pending > last, pending, num_tokens), 0)
 
 
-def store(key: torch.Tensor, value: torch.Tensor, cache: Cache, slot_mapping: torch.Tensor) -> None:
+def store(key: torch.Tensor, value: torch.Tensor, cache: Int4Cache, slot_mapping: torch.Tensor) -> None:
     """Quantizes K and V of new tokens and widens the range of every page that they touch. One launch.
 
     The new tokens of one block follow each other in `slot_mapping`, in the order of their slots, as vLLM
@@ -121,7 +83,7 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: Cache, slot_mapping: to
     num_tokens = slot_mapping.shape[0]
     if num_tokens == 0:
         return
-    parts = Int4Cache.of(*cache)
+    parts = Int4Parts.of(*cache)
     if key.dtype != value.dtype or key.stride(2) != 1 or value.stride(2) != 1:
         raise ValueError("key, value: need the same dtype, contiguous in D")
     if slot_mapping.dtype != torch.int64:
@@ -129,18 +91,12 @@ def store(key: torch.Tensor, value: torch.Tensor, cache: Cache, slot_mapping: to
     tokens = 1 if num_tokens <= SPREAD_TOKENS else parts.page_size
     elements = parts.page_size // 2 * triton.next_power_of_2(parts.head_size)
     _store_int4_kernel[(triton.cdiv(num_tokens, tokens), parts.num_kv_heads)](
-        key,
-        value,
-        *parts[:7],
+        PerHead.of(key),
+        PerHead.of(value),
+        parts.pages,
         slot_mapping,
         num_tokens,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        parts.stride_block,
-        parts.stride_kv_head,
-        **parts.constants,
+        shape=parts.shape,
         BLOCK_PAD=triton.next_power_of_2(parts.block_size),
         TOKENS=tokens,
         num_warps=warps_for(elements, ELEMENTS_PER_THREAD, key.device),

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vllm_quest.formats.int4 import reference
 from vllm_quest.kernels.triton.bounds import round_down, widen_bounds
 from vllm_quest.kernels.triton.codes import (
     NO_FRACTION,
@@ -15,92 +16,80 @@ from vllm_quest.kernels.triton.codes import (
     step_of,
     units_of,
 )
+from vllm_quest.kernels.triton.structs import Int4Pages, NewTokens, Residual
 from vllm_quest.kernels.triton.touched import find_new
 
 __all__ = ["store_page"]
 
-LARGEST = tl.constexpr(2.0**126)  # what larger elements are stored as: a range must be finite, too
+LARGEST = tl.constexpr(reference.LARGEST)
 
 
 @triton.jit
-def _load_new(tensor, source, stride, channel, mask):
+def _load_new(tensor, source, channel, mask):
     """Elements of new tokens in float32, in the range that is stored; 0 elsewhere."""
-    loaded = tl.load(tensor + source[:, None] * stride + channel[None, :], mask=mask, other=0.0)
+    loaded = tl.load(
+        tensor.data + source[:, None] * tensor.stride_row + channel[None, :], mask=mask, other=0.0
+    )
     return tl.minimum(tl.maximum(loaded.to(tl.float32), -LARGEST), LARGEST)
 
 
 @triton.jit
-def _store_residual(residual, at, low, high, inside, row, residual_rows):
-    rest = (low & 15) | ((high & 15) << 4)
-    tl.store(residual + at, rest.to(tl.uint8), mask=inside & (row < residual_rows)[:, None])
+def _store_residual(pointers, low, high, inside, row, rows):
+    residual = (low & 15) | ((high & 15) << 4)
+    tl.store(pointers, residual.to(tl.uint8), mask=inside & (row < rows)[:, None])
 
 
 @triton.jit
-def _store_keys(
-    key,
-    codes,
-    residual,
-    bounds,
-    bound_params,
-    low_source,
-    high_source,
-    low_new,
-    high_new,
-    first,
-    rest_end,
-    tag,
-    residual_rows,
-    stride_key,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    HALF: tl.constexpr,
-):
+def _store_keys(key, page, new, first, owned, shape: tl.constexpr):
     """K of a page's new tokens beside the older ones, those before `first`, which are quantized anew.
 
-    Tokens before `rest_end` have a residual, which is read; the page's own goes to `residual_rows` rows.
+    All pointers of `page` are at the page's part; `owned` says which of the block's residuals are its own.
     """
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    HEAD_PAD: tl.constexpr = shape.HEAD_PAD
+    HALF: tl.constexpr = shape.PAGE_SIZE // 2
     row = tl.arange(0, HALF)
     channel = tl.arange(0, HEAD_PAD)
     in_head = (channel < HEAD_SIZE)[None, :]
     at = row[:, None] * HEAD_SIZE + channel[None, :]
     low_old, high_old = (row < first)[:, None], (row + HALF < first)[:, None]
     # A high token is older only where the low one is.
-    bytes = tl.load(codes + at, mask=low_old & in_head, other=0).to(tl.int32)
-    rest = load_residual(residual + at, (row < rest_end)[:, None] & in_head)
-    low = _load_new(key, low_source, stride_key, channel, low_new & in_head)
-    high = _load_new(key, high_source, stride_key, channel, high_new & in_head)
-    low_limit, high_limit = tl.where(low_new, low, float("inf")), tl.where(high_new, high, float("inf"))
+    bytes = tl.load(page.key_codes + at, mask=low_old & in_head, other=0).to(tl.int32)
+    residual = load_residual(page.key_residual + at, (row < owned.end)[:, None] & in_head)
+    low = _load_new(key, new.low_source, channel, new.low & in_head)
+    high = _load_new(key, new.high_source, channel, new.high & in_head)
+    low_limit, high_limit = tl.where(new.low, low, float("inf")), tl.where(new.high, high, float("inf"))
     kmin = tl.min(tl.minimum(low_limit, high_limit), 0)
-    low_limit, high_limit = tl.where(low_new, low, float("-inf")), tl.where(high_new, high, float("-inf"))
+    low_limit, high_limit = tl.where(new.low, low, float("-inf")), tl.where(new.high, high, float("-inf"))
     kmax = tl.max(tl.maximum(low_limit, high_limit), 0)
     # From here on the page is written: `widen_bounds` waits until all threads have read.
     old_zero, old_max, zero, kmax = widen_bounds(
-        bounds, bound_params, kmin, kmax, first > 0, channel, HEAD_SIZE
+        page.bounds, page.bound_params, kmin, kmax, first > 0, channel, HEAD_SIZE
     )
     old_step = step_of(old_zero, old_max)[None, :]
     old_zero = old_zero[None, :]
-    low_code = as_float(bytes & 15) + fraction(rest & 15)
+    low_code = as_float(bytes & 15) + fraction(residual & 15)
     # The page's last token is never older than another one: its place, the tag's, is not read.
-    high_code = as_float(bytes >> 4) + fraction(rest >> 4)
+    high_code = as_float(bytes >> 4) + fraction(residual >> 4)
     low = tl.where(low_old, old_zero + old_step * low_code, low)
     high = tl.where(high_old, old_zero + old_step * high_code, high)
     step = step_of(zero, kmax)[None, :]
     low, high = fine_codes(low, zero[None, :], step), fine_codes(high, zero[None, :], step)
     inside = tl.broadcast_to(in_head, [HALF, HEAD_PAD])
-    tl.store(codes + at, ((low >> 4) | (high & 240)).to(tl.uint8), mask=inside)
-    high = tl.where((row == HALF - 1)[:, None], tag, high)
-    _store_residual(residual, at, low, high, inside, row, residual_rows)
+    tl.store(page.key_codes + at, ((low >> 4) | (high & 240)).to(tl.uint8), mask=inside)
+    high = tl.where((row == HALF - 1)[:, None], owned.tag, high)
+    _store_residual(page.key_residual + at, low, high, inside, row, owned.rows)
 
 
 @triton.jit
-def _value_codes(
-    value, is_new, in_group, GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr, GROUPS: tl.constexpr
-):
-    """8-bit codes of V tokens ``[n, GROUPS_PAD * GROUP_PAD]``, and words of their zero points and scales."""
-    SHAPE: tl.constexpr = [value.shape[0], GROUPS_PAD, GROUP_PAD]
+def _value_codes(value, is_new, in_group, shape: tl.constexpr):
+    """8-bit codes of V tokens ``[n, GROUPS_PAD * CHANNELS_PAD]``, and words of zero points and scales."""
+    GROUPS_PAD: tl.constexpr = shape.GROUPS_PAD
+    CHANNELS_PAD: tl.constexpr = shape.CHANNELS_PAD
+    SHAPE: tl.constexpr = [value.shape[0], GROUPS_PAD, CHANNELS_PAD]
     low = tl.min(tl.where(in_group, value, float("inf")).reshape(SHAPE), 2)
     high = tl.max(tl.where(in_group, value, float("-inf")).reshape(SHAPE), 2)
-    known = (tl.arange(0, GROUPS_PAD) < GROUPS)[None, :]
+    known = (tl.arange(0, GROUPS_PAD) < shape.GROUPS)[None, :]
     zero = round_down(tl.where(known, low, 0.0))
     scale = -round_down(-step_of(zero, tl.where(known, high, 0.0)))
     codes = fine_codes(value.reshape(SHAPE), zero[:, :, None], scale[:, :, None]).reshape(value.shape)
@@ -109,85 +98,51 @@ def _value_codes(
 
 
 @triton.jit
-def _store_values(
-    value,
-    codes,
-    params,
-    residual,
-    low_source,
-    high_source,
-    low_new,
-    high_new,
-    first,
-    rest_end,
-    residual_rows,
-    stride_value,
-    HEAD_SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    HALF: tl.constexpr,
-):
+def _store_values(value, page, new, first, owned, shape: tl.constexpr):
     """V of a page's new tokens beside the older ones, which stay as they are; see `_store_keys`."""
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    GROUPS: tl.constexpr = shape.GROUPS
+    GROUPS_PAD: tl.constexpr = shape.GROUPS_PAD
+    CHANNELS_PAD: tl.constexpr = shape.CHANNELS_PAD
+    HALF: tl.constexpr = shape.PAGE_SIZE // 2
     row = tl.arange(0, HALF)
-    channel, in_group = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, GROUP_PAD)
+    channel, in_group = group_channels(GROUPS, HEAD_SIZE // GROUPS, GROUPS_PAD, CHANNELS_PAD)
     in_group = in_group[None, :]
-    inside = tl.broadcast_to(in_group, [HALF, GROUPS_PAD * GROUP_PAD])
+    inside = tl.broadcast_to(in_group, [HALF, GROUPS_PAD * CHANNELS_PAD])
     at = row[:, None] * HEAD_SIZE + channel[None, :]
-    bytes = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-    rest = load_residual(residual + at, (row < rest_end)[:, None] & in_group)
-    low = _load_new(value, low_source, stride_value, channel, low_new & in_group)
-    high = _load_new(value, high_source, stride_value, channel, high_new & in_group)
-    low, low_words, low_known = _value_codes(low, low_new, in_group, GROUPS_PAD, GROUP_PAD, GROUPS)
-    high, high_words, high_known = _value_codes(high, high_new, in_group, GROUPS_PAD, GROUP_PAD, GROUPS)
-    low_code, high_code = tl.where(low_new, low >> 4, bytes & 15), tl.where(high_new, high & 240, bytes & 240)
-    old_rest = tl.where((row < first)[:, None], rest & 15, NO_FRACTION)
-    low = tl.where(low_new, low, old_rest)
-    old_rest = tl.where((row + HALF < first)[:, None], rest >> 4, NO_FRACTION)
-    high = tl.where(high_new, high, old_rest)
+    bytes = tl.load(page.value_codes + at, mask=inside, other=0).to(tl.int32)
+    residual = load_residual(page.value_residual + at, (row < owned.end)[:, None] & in_group)
+    low = _load_new(value, new.low_source, channel, new.low & in_group)
+    high = _load_new(value, new.high_source, channel, new.high & in_group)
+    low, low_words, low_known = _value_codes(low, new.low, in_group, shape)
+    high, high_words, high_known = _value_codes(high, new.high, in_group, shape)
+    low_code, high_code = tl.where(new.low, low >> 4, bytes & 15), tl.where(new.high, high & 240, bytes & 240)
+    old_residual = tl.where((row < first)[:, None], residual & 15, NO_FRACTION)
+    low = tl.where(new.low, low, old_residual)
+    old_residual = tl.where((row + HALF < first)[:, None], residual >> 4, NO_FRACTION)
+    high = tl.where(new.high, high, old_residual)
     tl.debug_barrier()  # all threads have read
-    tl.store(codes + at, (low_code | high_code).to(tl.uint8), mask=inside)
-    _store_residual(residual, at, low, high, inside, row, residual_rows)
+    tl.store(page.value_codes + at, (low_code | high_code).to(tl.uint8), mask=inside)
+    _store_residual(page.value_residual + at, low, high, inside, row, owned.rows)
     params_at = row[:, None] * GROUPS + tl.arange(0, GROUPS_PAD)[None, :]
-    tl.store(params + params_at, low_words, mask=low_known)
-    tl.store(params + HALF * GROUPS + params_at, high_words, mask=high_known)
+    tl.store(page.value_params + params_at, low_words, mask=low_known)
+    tl.store(page.value_params + HALF * GROUPS + params_at, high_words, mask=high_known)
 
 
 @triton.jit
-def store_page(
-    key,
-    value,
-    key_codes,
-    key_residual,
-    value_codes,
-    value_params,
-    value_residual,
-    bounds,
-    bound_params,
-    slot_mapping,
-    token,
-    run,
-    residual_rows,
-    stride_key,
-    stride_value,
-    stride_block,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-):
+def store_page(key, value, cache, slot_mapping, token, run, residual_rows, shape: tl.constexpr):
     """Stores the new tokens of the page that ends, in this call, with `token`.
 
     `run` is where the head's runs begin, in units of 16 bytes; `residual_rows` is half a page where the
     block's residuals are to be the page's, else 0.
     """
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
+    PAGE_SIZE: tl.constexpr = shape.PAGE_SIZE
     HALF: tl.constexpr = PAGE_SIZE // 2
     slot = tl.load(slot_mapping + token)
     page = slot % BLOCK_SIZE // PAGE_SIZE
-    run += slot // BLOCK_SIZE * stride_block
+    run += slot // BLOCK_SIZE * cache.stride_block
     row = tl.arange(0, HALF)
     back = slot % PAGE_SIZE - row
     low_source, low_new = find_new(slot_mapping, token, slot, back)
@@ -195,23 +150,25 @@ def store_page(
     first = tl.minimum(
         tl.min(tl.where(low_new, row, PAGE_SIZE), 0), tl.min(tl.where(high_new, row + HALF, PAGE_SIZE), 0)
     )
-    low_new, high_new = low_new[:, None], high_new[:, None]
-    key_residual += run * 16
+    key_residual = cache.key_residual + run * 16
     tag = (page % TAGS).to(tl.int32)
     found = tl.load(key_residual + (HALF - 1) * HEAD_SIZE).to(tl.int32) >> 4
-    rest_end = tl.where(found == tag, first, 0)
     codes_at = run * 16 + page * (HALF * HEAD_SIZE)
-    bounds += run * units_of(bounds) + page * (2 * HEAD_SIZE)
+    bound_params = cache.bound_params
     if bound_params is not None:
         bound_params += run * 4 + page * 2
-    _store_keys(
-        key, key_codes + codes_at, key_residual, bounds, bound_params,
-        low_source, high_source, low_new, high_new, first, rest_end, tag, residual_rows, stride_key,
-        HEAD_SIZE, HEAD_PAD, HALF,
-    )  # fmt: skip
-    params = value_params + run * 4 + page * (PAGE_SIZE * GROUPS)
-    _store_values(
-        value, value_codes + codes_at, params, value_residual + run * 16,
-        low_source, high_source, low_new, high_new, first, rest_end, residual_rows, stride_value,
-        HEAD_SIZE, GROUPS, GROUPS_PAD, GROUP_PAD, HALF,
-    )  # fmt: skip
+    parts = Int4Pages(
+        key_codes=cache.key_codes + codes_at,
+        key_residual=key_residual,
+        value_codes=cache.value_codes + codes_at,
+        value_params=cache.value_params + run * 4 + page * (PAGE_SIZE * shape.GROUPS),
+        value_residual=cache.value_residual + run * 16,
+        bounds=cache.bounds + run * units_of(cache.bounds) + page * (2 * HEAD_SIZE),
+        bound_params=bound_params,
+        stride_block=cache.stride_block,
+        stride_kv_head=cache.stride_kv_head,
+    )
+    new = NewTokens(low_source, high_source, low_new[:, None], high_new[:, None])
+    owned = Residual(end=tl.where(found == tag, first, 0), rows=residual_rows, tag=tag)
+    _store_keys(key, parts, new, first, owned, shape)
+    _store_values(value, parts, new, first, owned, shape)

@@ -16,7 +16,7 @@ import triton.language as tl
 from vllm_quest.kernels.bounds import PageBounds
 from vllm_quest.kernels.triton.codes import power_of_two
 from vllm_quest.kernels.triton.launch import (
-    bound_strides,
+    bounds_of,
     check_bounds,
     check_group,
     choose,
@@ -27,6 +27,15 @@ from vllm_quest.kernels.triton.launch import (
 )
 from vllm_quest.kernels.triton.lookup import spread
 from vllm_quest.kernels.triton.split import arrive_last, split_range
+from vllm_quest.kernels.triton.structs import (
+    DOT_ROWS,
+    Bounds,
+    Contexts,
+    Group,
+    PerHead,
+    ScoreShape,
+    Scratch,
+)
 from vllm_quest.kernels.triton.words import LOW_UNIT, bytes_of
 from vllm_quest.kernels.triton.workspace import Workspace
 from vllm_quest.scorers.minmax.triton.softmax_mean import softmax_mean
@@ -39,38 +48,24 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _load_signed_query(
-    query,
-    stride_head,
-    first,
-    STEP: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    query, stride_head, first, STEP: tl.constexpr, group: tl.constexpr, shape: tl.constexpr
 ):
-    """Every STEP-th channel of [min(q, 0) | max(q, 0)], of the group's heads: a [WIDTH, 16] float32 tile."""
-    channel = first + tl.arange(0, WIDTH)[:, None] * STEP
-    head = tl.arange(0, 16)[None, :]
+    """Every STEP-th channel of [min(q, 0) | max(q, 0)], of the group's heads: ``[WIDTH, DOT_ROWS]``."""
+    GROUP: tl.constexpr = group.SIZE
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    channel = first + tl.arange(0, shape.WIDTH)[:, None] * STEP
+    head = tl.arange(0, DOT_ROWS)[None, :]
     inside = (channel < 2 * HEAD_SIZE) & (head < GROUP)
     q = tl.load(query + head * stride_head + channel % HEAD_SIZE, mask=inside, other=0.0).to(tl.float32)
     return tl.where(channel < HEAD_SIZE, tl.minimum(q, 0.0), tl.maximum(q, 0.0))
 
 
 @triton.jit
-def _load_params(
-    bound_params,
-    block,
-    spans,
-    start,
-    end,
-    stride_params,
-    TILE: tl.constexpr,
-    SPAN: tl.constexpr,
-    PAGES_PER_BLOCK: tl.constexpr,
-):
+def _load_params(bounds, block, spans, start, end, TILE: tl.constexpr, shape: tl.constexpr):
     """Offsets and scales of the tile's pages from `start` on, 0 from `end` on."""
     known = start + tl.arange(0, TILE) < end
-    params = block.to(tl.int64) * stride_params + spans % PAGES_PER_BLOCK * 2
-    params = bound_params + spread(params, 2, SPAN, 2)
+    params = block.to(tl.int64) * bounds.stride_params + spans % shape.PAGES_PER_BLOCK * 2
+    params = bounds.params + spread(params, 2, shape.SPAN, 2)
     return tl.load(params, mask=known, other=0.0), tl.load(params + 1, mask=known, other=0.0)
 
 
@@ -78,92 +73,84 @@ def _load_params(
 def _score_kernel(
     query,
     bounds,
-    bound_params,
-    block_table,
-    num_pages,
+    contexts,
     out,
     scratch,
-    arrivals,
     scale_log2,
     splits,
     max_pages,
-    stride_query_row,
-    stride_query_head,
-    stride_block,
-    stride_kv_head,
-    stride_params,
-    stride_params_head,
-    stride_table,
-    stride_out_row,
-    stride_out_head,
-    GROUP: tl.constexpr,
-    GROUP_POW2: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PAGES_PER_BLOCK: tl.constexpr,
-    SPAN: tl.constexpr,
-    UNIT: tl.constexpr,
+    shape: tl.constexpr,
+    group: tl.constexpr,
     REDUCE: tl.constexpr,
     TILE: tl.constexpr,
     DOT: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    GROUP: tl.constexpr = group.SIZE
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    PAGES_PER_BLOCK: tl.constexpr = shape.PAGES_PER_BLOCK
+    SPAN: tl.constexpr = shape.SPAN
+    UNIT: tl.constexpr = shape.UNIT
+    CODED: tl.constexpr = bounds.params is not None
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
-    total = tl.load(num_pages + row)
+    total = tl.load(contexts.lengths + row)
     first, end, active = split_range(total, TILE, split, splits)
     if first >= end:
         return
-    query += row * stride_query_row + kv_head * GROUP * stride_query_head
-    WORDS: tl.constexpr = 2 * HEAD_SIZE if bound_params is None else HEAD_SIZE
-    if bound_params is None:
-        q = _load_signed_query(query, stride_query_head, 0, 1, GROUP, HEAD_SIZE, WIDTH).to(DOT)
+    heads = query.data + row * query.stride_row + kv_head * GROUP * query.stride_head
+    WORDS: tl.constexpr = HEAD_SIZE if CODED else 2 * HEAD_SIZE
+    if not CODED:
+        q = _load_signed_query(heads, query.stride_head, 0, 1, group, shape).to(DOT)
     else:  # a word of two codes meets an even and an odd channel
-        q = _load_signed_query(query, stride_query_head, 0, 2, GROUP, HEAD_SIZE, WIDTH)
-        odd = _load_signed_query(query, stride_query_head, 1, 2, GROUP, HEAD_SIZE, WIDTH)
+        q = _load_signed_query(heads, query.stride_head, 0, 2, group, shape)
+        odd = _load_signed_query(heads, query.stride_head, 1, 2, group, shape)
         unit = power_of_two(tl.max(tl.max(tl.maximum(tl.abs(q), tl.abs(odd)), 1), 0))
         q, odd = (q / unit).to(DOT), (odd / unit).to(DOT)
         q_sum = tl.sum(q.to(tl.float32) + odd.to(tl.float32), 0)[None, :]
-        bound_params += kv_head * stride_params_head
-    bounds += kv_head * stride_kv_head * UNIT
-    block_table += row * stride_table
-    out += row * stride_out_row + kv_head * stride_out_head
+        bounds = Bounds(
+            bounds.minmax,
+            bounds.params + kv_head * bounds.stride_params_head,
+            bounds.stride_block,
+            bounds.stride_kv_head,
+            bounds.stride_params,
+            bounds.stride_params_head,
+        )
+    head_bounds = bounds.minmax + kv_head * bounds.stride_kv_head * UNIT
+    block_table = contexts.block_table + row * contexts.stride_row
+    out = out.data + row * out.stride_row + kv_head * out.stride_head
     pair = row * tl.num_programs(1) + kv_head
-    raw = scratch + pair * GROUP * max_pages
+    raw = scratch.data + pair * GROUP * max_pages
 
-    word = tl.arange(0, WIDTH)[None, :]
-    head = tl.arange(0, 16)[None, :]
-    peak = tl.full([16], float("-inf"), tl.float32)
-    norm = tl.zeros([16], tl.float32)
+    word = tl.arange(0, shape.WIDTH)[None, :]
+    head = tl.arange(0, DOT_ROWS)[None, :]
+    peak = tl.full([DOT_ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([DOT_ROWS], tl.float32)
     # Pages of one block are looked up together. Bounds are loaded several tiles ahead, offsets and scales
     # one, blocks another: nothing waits for them. (Where a value is carried over two iterations as it is, a
     # loop is not pipelined.)
     spans = first + tl.arange(0, TILE // SPAN) * SPAN
     block = tl.load(block_table + spans // PAGES_PER_BLOCK, mask=spans < end, other=0)
-    place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * (WORDS // UNIT)
-    if bound_params is not None:
-        shift, step = _load_params(
-            bound_params, block, spans, first, end, stride_params, TILE, SPAN, PAGES_PER_BLOCK
-        )
+    place = block.to(tl.int64) * bounds.stride_block + spans % PAGES_PER_BLOCK * (WORDS // UNIT)
+    if CODED:
+        shift, step = _load_params(bounds, block, spans, first, end, TILE, shape)
     spans += TILE
     block = tl.load(block_table + spans // PAGES_PER_BLOCK, mask=spans < end, other=0)
     for start in tl.range(first, end, TILE):
         page = start + tl.arange(0, TILE)
         known = page < end
         offset = spread(place * UNIT, WORDS, SPAN, UNIT)
-        place = block.to(tl.int64) * stride_block + spans % PAGES_PER_BLOCK * (WORDS // UNIT)
-        if bound_params is not None:
+        place = block.to(tl.int64) * bounds.stride_block + spans % PAGES_PER_BLOCK * (WORDS // UNIT)
+        if CODED:
             this_shift, this_step = shift[:, None], step[:, None]
-            shift, step = _load_params(
-                bound_params, block, spans, start + TILE, end, stride_params, TILE, SPAN, PAGES_PER_BLOCK
-            )
+            shift, step = _load_params(bounds, block, spans, start + TILE, end, TILE, shape)
         spans += TILE
         block = tl.load(block_table + spans // PAGES_PER_BLOCK, mask=spans < end, other=0)
         inside = known[:, None] & (word < WORDS)
-        minmax = tl.load(bounds + offset[:, None] + word, mask=inside, other=0)
-        if bound_params is None:
-            score = tl.dot(minmax.to(DOT), q, input_precision="ieee")  # [TILE, 16]
+        minmax = tl.load(head_bounds + offset[:, None] + word, mask=inside, other=0)
+        if not CODED:
+            score = tl.dot(minmax.to(DOT), q, input_precision="ieee")  # [TILE, DOT_ROWS]
         else:
             even_codes, odd_codes = bytes_of(minmax, DOT, PTX)
             score = tl.dot(even_codes, q, input_precision="ieee")
@@ -184,13 +171,13 @@ def _score_kernel(
             peak = new_peak
 
     if REDUCE == "softmax_mean":
-        partials = scratch + tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * GROUP * max_pages
+        partials = scratch.data + tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * GROUP * max_pages
         partials += pair * splits * 2 * GROUP
-        head = tl.arange(0, 16)
+        head = tl.arange(0, DOT_ROWS)
         tl.store(partials + split * 2 * GROUP + head, peak, mask=head < GROUP)
         tl.store(partials + split * 2 * GROUP + GROUP + head, norm, mask=head < GROUP)
-        if arrive_last(arrivals + pair, active):
-            softmax_mean(out, raw, partials, total, max_pages, active, scale_log2, GROUP, GROUP_POW2)
+        if arrive_last(scratch.arrivals + pair, active):
+            softmax_mean(out, raw, partials, total, max_pages, active, scale_log2, group)
 
 
 def score_scratch(
@@ -263,37 +250,30 @@ def score_pages(
     values, params = summary
     if params is not None:  # two codes at a time
         values = values.view(torch.uint16)
-    stride_block, stride_kv_head, *strides_params = bound_strides(PageBounds(values, params))
+    words_of = bounds_of(PageBounds(values, params))
     # Strides count 16 bytes where they can: so the compiler knows how the bounds are aligned.
     words = values.shape[3] * values.shape[4]
-    unit = math.gcd(16 // values.itemsize, stride_block, stride_kv_head, words)
-    _score_kernel[(splits, num_kv_heads, rows)](
-        query,
-        values,
-        params,
-        block_table,
-        num_pages,
-        out,
-        scratch,
-        arrivals,
-        scale * LOG2E,
-        splits,
-        max_pages,
-        query.stride(0),
-        query.stride(1),
-        stride_block // unit,
-        stride_kv_head // unit,
-        *strides_params,
-        block_table.stride(0),
-        out.stride(0),
-        out.stride(1),
-        GROUP=group,
-        GROUP_POW2=triton.next_power_of_2(group),
+    unit = math.gcd(16 // values.itemsize, words_of.stride_block, words_of.stride_kv_head, words)
+    shape = ScoreShape(
         HEAD_SIZE=head_size,
         WIDTH=triton.next_power_of_2(2 * head_size * summary.values.itemsize // values.itemsize),
         PAGES_PER_BLOCK=pages_per_block,
         SPAN=min(choice.tile, pages_per_block & -pages_per_block),
         UNIT=unit,
+    )
+    _score_kernel[(splits, num_kv_heads, rows)](
+        PerHead.of(query),
+        words_of._replace(
+            stride_block=words_of.stride_block // unit, stride_kv_head=words_of.stride_kv_head // unit
+        ),
+        Contexts.of(block_table, num_pages),
+        PerHead.of(out),
+        Scratch(scratch, arrivals),
+        scale * LOG2E,
+        splits,
+        max_pages,
+        shape=shape,
+        group=Group.of(group),
         REDUCE=group_reduce,
         TILE=choice.tile,
         DOT=dot_type(values.dtype if params is None else torch.float16),

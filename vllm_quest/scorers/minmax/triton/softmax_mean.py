@@ -7,13 +7,13 @@ __all__ = ["softmax_mean"]
 
 
 @triton.jit
-def softmax_mean(
-    out, raw, partials, total, max_pages, active, scale_log2, GROUP: tl.constexpr, GROUP_POW2: tl.constexpr
-):
+def softmax_mean(out, raw, partials, total, max_pages, active, scale_log2, group: tl.constexpr):
     """Mean over the group of each head's softmax over the pages, from the raw scores and the splits' sums."""
-    head = tl.arange(0, GROUP_POW2)[None, :]
-    peak = tl.full([GROUP_POW2], float("-inf"), tl.float32)
-    norm = tl.zeros([GROUP_POW2], tl.float32)
+    GROUP: tl.constexpr = group.SIZE
+    GROUP_PAD: tl.constexpr = group.PAD
+    head = tl.arange(0, GROUP_PAD)[None, :]
+    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    norm = tl.zeros([GROUP_PAD], tl.float32)
     for start in range(0, active, 64):
         split = start + tl.arange(0, 64)[:, None]
         partial = partials + split * 2 * GROUP + head
@@ -25,7 +25,7 @@ def softmax_mean(
         norm = norm * tl.exp2((peak - new_peak) * scale_log2)
         norm += tl.sum(split_norm * tl.exp2((split_peak - new_peak[None, :]) * scale_log2), 0)
         peak = new_peak
-    TILE: tl.constexpr = 2048 // GROUP_POW2
+    TILE: tl.constexpr = 2048 // GROUP_PAD
     for start in tl.range(0, total, TILE, num_stages=3):
         page = start + tl.arange(0, TILE)
         known = (page < total)[:, None] & (head < GROUP)

@@ -12,7 +12,8 @@ import triton.language as tl
 from vllm_quest.formats.auto import AutoCache
 from vllm_quest.kernels.bounds import PageBounds
 from vllm_quest.kernels.triton.bounds import write_bounds
-from vllm_quest.kernels.triton.launch import bound_strides, check_bounds, check_cache
+from vllm_quest.kernels.triton.launch import bounds_of, check_bounds, check_cache
+from vllm_quest.kernels.triton.structs import Bounds, Cache, PerHead, Shape
 from vllm_quest.kernels.triton.touched import SPREAD_TOKENS, find_new, page_ends
 
 __all__ = ["store"]
@@ -21,27 +22,14 @@ ELEMENTS_PER_THREAD = 16
 
 
 @triton.jit
-def _store_page(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    bounds,
-    bound_params,
-    slot_mapping,
-    token,
-    stride_key,
-    stride_value,
-    stride_block,
-    stride_bounds,
-    stride_params,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-):
-    """Stores the new tokens of the page that ends, in this call, with `token`, and the page's bounds."""
+def _store_page(key, value, cache, bounds, slot_mapping, token, shape: tl.constexpr):
+    """Stores the new tokens of the page that ends, in this call, with `token`, and the page's bounds.
+
+    All pointers are at the KV head's part.
+    """
+    HEAD_SIZE: tl.constexpr = shape.HEAD_SIZE
+    BLOCK_SIZE: tl.constexpr = shape.BLOCK_SIZE
+    PAGE_SIZE: tl.constexpr = shape.PAGE_SIZE
     slot = tl.load(slot_mapping + token)
     first_position = slot % BLOCK_SIZE // PAGE_SIZE * PAGE_SIZE
     position = tl.arange(0, PAGE_SIZE)
@@ -49,87 +37,55 @@ def _store_page(
     written = back >= 0
     source, fresh = find_new(slot_mapping, token, slot, back)
 
-    channel = tl.arange(0, HEAD_PAD)
+    channel = tl.arange(0, shape.HEAD_PAD)
     in_head = channel < HEAD_SIZE
-    block = slot // BLOCK_SIZE * stride_block
-    cached = block + (first_position + position)[:, None] * TOKEN_STRIDE + channel
+    block = slot // BLOCK_SIZE * cache.stride_block
+    cached = block + (first_position + position)[:, None] * shape.TOKEN_STRIDE + channel
     new = fresh[:, None] & in_head
     old = (written & (fresh == 0))[:, None] & in_head
-    new_key = tl.load(key + source[:, None] * stride_key + channel, mask=new, other=0.0)
-    new_value = tl.load(value + source[:, None] * stride_value + channel, mask=new, other=0.0)
-    old_key = tl.load(key_cache + cached, mask=old, other=0.0)
-    tl.store(key_cache + cached, new_key, mask=new)
-    tl.store(value_cache + cached, new_value, mask=new)
+    new_key = tl.load(key.data + source[:, None] * key.stride_row + channel, mask=new, other=0.0)
+    new_value = tl.load(value.data + source[:, None] * value.stride_row + channel, mask=new, other=0.0)
+    old_key = tl.load(cache.key + cached, mask=old, other=0.0)
+    tl.store(cache.key + cached, new_key, mask=new)
+    tl.store(cache.value + cached, new_value, mask=new)
 
     page_key = tl.where(new, new_key.to(tl.float32), old_key.to(tl.float32))
     kmin = tl.min(tl.where(written[:, None], page_key, float("inf")), 0)
     kmax = tl.max(tl.where(written[:, None], page_key, float("-inf")), 0)
     page = first_position // PAGE_SIZE
-    bounds += slot // BLOCK_SIZE * stride_bounds + page * (2 * HEAD_SIZE)
-    if bound_params is not None:
-        bound_params += slot // BLOCK_SIZE * stride_params + page * 2
-    write_bounds(bounds, bound_params, kmin, kmax, channel, HEAD_SIZE)
+    minmax = bounds.minmax + slot // BLOCK_SIZE * bounds.stride_block + page * (2 * HEAD_SIZE)
+    params = bounds.params
+    if params is not None:
+        params += slot // BLOCK_SIZE * bounds.stride_params + page * 2
+    write_bounds(minmax, params, kmin, kmax, channel, HEAD_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    bounds,
-    bound_params,
-    slot_mapping,
-    num_tokens,
-    stride_key,
-    stride_key_head,
-    stride_value,
-    stride_value_head,
-    stride_block,
-    stride_kv_head,
-    stride_bounds,
-    stride_bounds_head,
-    stride_params,
-    stride_params_head,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    key, value, cache, bounds, slot_mapping, num_tokens, shape: tl.constexpr, TOKENS: tl.constexpr
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     kv_head = tl.program_id(1).to(tl.int64)
-    pending = page_ends(slot_mapping, token, num_tokens, PAGE_SIZE)
-    key += kv_head * stride_key_head
-    value += kv_head * stride_value_head
-    key_cache += kv_head * stride_kv_head
-    value_cache += kv_head * stride_kv_head
-    bounds += kv_head * stride_bounds_head
-    if bound_params is not None:
-        bound_params += kv_head * stride_params_head
+    pending = page_ends(slot_mapping, token, num_tokens, shape.PAGE_SIZE)
+    key = PerHead(key.data + kv_head * key.stride_head, key.stride_row, key.stride_head)
+    value = PerHead(value.data + kv_head * value.stride_head, value.stride_row, value.stride_head)
+    start = kv_head * cache.stride_kv_head
+    cache = Cache(cache.key + start, cache.value + start, cache.stride_block, cache.stride_kv_head)
+    params = bounds.params
+    if params is not None:
+        params += kv_head * bounds.stride_params_head
+    minmax = bounds.minmax + kv_head * bounds.stride_kv_head
+    bounds = Bounds(
+        minmax,
+        params,
+        bounds.stride_block,
+        bounds.stride_kv_head,
+        bounds.stride_params,
+        bounds.stride_params_head,
+    )
     last = tl.min(pending, 0)
     while last < num_tokens:
-        _store_page(
-            key,
-            value,
-            key_cache,
-            value_cache,
-            bounds,
-            bound_params,
-            slot_mapping,
-            last,
-            stride_key,
-            stride_value,
-            stride_block,
-            stride_bounds,
-            stride_params,
-            HEAD_SIZE,
-            HEAD_PAD,
-            TOKEN_STRIDE,
-            BLOCK_SIZE,
-            PAGE_SIZE,
-        )
+        _store_page(key, value, cache, bounds, slot_mapping, last, shape)
         last = tl.min(tl.where(pending > last, pending, num_tokens), 0)
 
 
@@ -168,27 +124,15 @@ def store(
     if key.stride(2) != 1 or value.stride(2) != 1 or slot_mapping.dtype != torch.int64:
         raise ValueError("key, value: contiguous in D; slot_mapping: int64")
     tokens = 1 if num_tokens <= SPREAD_TOKENS else page_size
-    head_pad = triton.next_power_of_2(head_size)
+    shape = Shape.of(key_cache, page_size)
     _store_kernel[(triton.cdiv(num_tokens, tokens), num_kv_heads)](
-        key,
-        value,
-        key_cache,
-        value_cache,
-        *summary,
+        PerHead.of(key),
+        PerHead.of(value),
+        Cache.of(key_cache, value_cache),
+        bounds_of(summary),
         slot_mapping,
         num_tokens,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        key_cache.stride(0),
-        key_cache.stride(1),
-        *bound_strides(summary),
-        HEAD_SIZE=head_size,
-        HEAD_PAD=head_pad,
-        TOKEN_STRIDE=key_cache.stride(2),
-        BLOCK_SIZE=block_size,
-        PAGE_SIZE=page_size,
+        shape=shape,
         TOKENS=tokens,
-        num_warps=max(1, min(8, page_size * head_pad // (32 * ELEMENTS_PER_THREAD))),
+        num_warps=max(1, min(8, page_size * shape.HEAD_PAD // (32 * ELEMENTS_PER_THREAD))),
     )
