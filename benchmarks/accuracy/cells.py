@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import mean
 
-from benchmarks.accuracy.samples import Header, Results, Score
+from benchmarks.accuracy.samples import DENSE, Header, Results, Score
 from benchmarks.accuracy.statistics import Interval, bootstrap, wilson
 
 __all__ = ["DENSE", "Cell", "Evaluation", "Summary", "differences", "evaluate"]
 
-DENSE = "dense"
 CAN_DO = 0.5  # share that the dense model must exceed
 
 

@@ -16,14 +16,12 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.configurations import Configurations, by_cache
 from benchmarks.accuracy.engine import References, Rouge, measure
-from benchmarks.accuracy.samples import Header, Key, Results, Sample, batches
+from benchmarks.accuracy.samples import DENSE, Header, Key, Results, Sample, batches
 from benchmarks.common.machine import command, machine
 from vllm_quest.config import QuestConfig
 from vllm_quest.tune.instrument import TIMED_STEPS, Instrument
 
 __all__ = ["DENSE", "Grid"]
-
-DENSE = "dense"
 
 
 @dataclass

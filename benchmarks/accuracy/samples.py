@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from benchmarks.common.results import append_line, read_lines
 from vllm_quest.tune.samples import Sample
 
-__all__ = ["Header", "Key", "Results", "Sample", "Score", "batches", "by_context"]
+__all__ = ["DENSE", "Header", "Key", "Results", "Sample", "Score", "batches", "by_context"]
 
+DENSE = "dense"  # the configuration that the others are compared with: vLLM's own attention
 Key = tuple[str, int]  # task, index of the sample in it
 _K = TypeVar("_K")
 
