@@ -9,7 +9,6 @@ adds them to the results in FOLDER, next to the sound scorer of the same configu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import replace
@@ -23,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from benchmarks.accuracy import tasks
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.studies.broken_scorers import BROKEN
-from benchmarks.common.arguments import of_samples
+from benchmarks.common.arguments import command_line, json_object, of_samples
 from tools.small_model import ModelError, prepare_model
 from vllm_quest.config import QuestConfig
 
@@ -58,15 +57,11 @@ def measure(
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.studies.controls",
-        description=(__doc__ or "").split("\n")[0],
-        parents=[of_samples(4096)],
-    )
+    parser = command_line(__doc__, of_samples(4096))
     parser.add_argument(
         "--tasks", dest="retrieval", default=RETRIEVAL, metavar="A,B,...", help="default: %(default)s"
     )
-    parser.add_argument("--quest", type=json.loads, default={}, metavar="JSON", help="what is broken")
+    parser.add_argument("--quest", type=json_object, default={}, metavar="JSON", help="what is broken")
     return parser.parse_args()
 
 

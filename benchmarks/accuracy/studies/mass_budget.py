@@ -12,7 +12,6 @@ is one that `mass_scorer` registers in this process.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict, replace
@@ -34,7 +33,10 @@ from benchmarks.accuracy.samples import Key, Sample, Score, by_context
 from benchmarks.accuracy.statistics import bootstrap
 from benchmarks.accuracy.studies.mass import ESTIMATES
 from benchmarks.accuracy.studies.mass_scorer import SHARES, Budget, MassScorer, budget_by
-from benchmarks.common.arguments import of_experiment
+from benchmarks.common.arguments import command_line, of_experiment
+from benchmarks.common.machine import command
+from benchmarks.common.results import write_json
+from benchmarks.common.tables import markdown
 from tools.small_model import ModelError, prepare_model
 from vllm_quest.config import QuestConfig
 from vllm_quest.tune.instrument import Continuation, Instrument
@@ -81,14 +83,14 @@ def run(
     finally:
         instrument.close()
     result = {
-        "command": " ".join(["python -m benchmarks.accuracy.studies.mass_budget", *sys.argv[1:]]),
+        **command(),
         "model": Path(model).name,
         "context": context,
         "quest": [asdict(config) for config in configs],
         "shares": shares,
         "arms": _summaries(grid.results.scores, scores),
     }
-    json_path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(json_path, result)
     return result
 
 
@@ -125,7 +127,7 @@ def _calibrate(
 def _measure(
     instrument: Instrument, grid: Grid, configs: list[QuestConfig], shares: dict[str, dict[str, float]]
 ) -> dict[tuple[str, str], list[Score]]:
-    """Scores by budget and arm; arms take turns at each context, whose prefill is paid once."""
+    """Scores by budget and arm; arms alternate at each context, whose prefill is paid once."""
     scores: dict[tuple[str, str], list[Score]] = {}
     for keys in tqdm(by_context(grid.samples), desc="measure"):
         samples = {key: grid.samples[key] for key in keys}
@@ -182,8 +184,17 @@ def _summaries(dense: list[Score], scores: dict[tuple[str, str], list[Score]]) -
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = ["| budget | task | pages by | pages read | NLL, to fixed | KL | KL, to fixed | exact, points |"]
-    lines.append("|---" * 8 + "|")
+    columns = (
+        "budget",
+        "task",
+        "pages by",
+        "pages read",
+        "NLL, to fixed",
+        "KL",
+        "KL, to fixed",
+        "exact, points",
+    )
+    rows = []
     for one in sorted(result["arms"], key=lambda one: (one["token_budget"], one["task"])):
         nll, kl, exact = (
             "{:+.{}f} [{:+.{}f}, {:+.{}f}]".format(
@@ -191,19 +202,13 @@ def _table(result: dict[str, Any]) -> str:
             )
             for name, scale, digits in (("nll", 1, 3), ("kl", 1, 3), ("exact", 100, 0))
         )
-        lines.append(
-            f"| {one['token_budget']} | {one['task']} | {one['arm']} | {one['read_share']:.1%} | {nll} "
-            f"| {one['kl']:.3f} | {kl} | {exact} |"
-        )
-    return "\n".join(lines)
+        budget, share = str(one["token_budget"]), f"{one['read_share']:.1%}"
+        rows.append((budget, one["task"], one["arm"], share, nll, f"{one['kl']:.3f}", kl, exact))
+    return markdown(columns, rows)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.studies.mass_budget",
-        description=(__doc__ or "").split("\n")[0],
-        parents=[of_experiment()],
-    )
+    parser = command_line(__doc__, of_experiment())
     add = parser.add_argument
     add("--budgets", type=int, nargs="+", default=[256, 512], metavar="N", help="tokens; default: 256 512")
     return parser.parse_args()
