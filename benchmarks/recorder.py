@@ -23,6 +23,15 @@ from triton.runtime.jit import create_function_from_signature
 __all__ = ["KIB", "TARGETS", "Recorder", "Target", "recording"]
 
 KIB = 1024
+MODULES = {
+    "attend": "vllm_quest.formats.auto.triton",
+    "attend_int4": "vllm_quest.formats.int4.triton.attend",
+    "dequantize": "vllm_quest.formats.int4.triton.dequantize",
+    "store_int4": "vllm_quest.formats.int4.triton.store",
+    "score": "vllm_quest.scorers.minmax.triton.score",
+    "store": "vllm_quest.scorers.minmax.triton.store",
+    "select": "vllm_quest.kernels.triton.select",
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,9 @@ class Recorder:
 
 @contextmanager
 def recording(name: str, architecture: str) -> Iterator[Recorder]:
-    """Stands in for the kernel of module `name`, whose launcher believes to be on a GPU of `architecture`."""
+    """Stands in for kernel `name`, of `MODULES`, whose launcher believes to be on a GPU of `architecture`."""
     launch = importlib.import_module("vllm_quest.kernels.triton.launch")
-    module = importlib.import_module(f"vllm_quest.kernels.triton.{name}")
+    module = importlib.import_module(MODULES[name])
     recorder = Recorder(getattr(module, f"_{name}_kernel"))
     with (
         mock.patch.object(module, f"_{name}_kernel", recorder),

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from tests.oracle import Context
-from vllm_quest.layout import PageLayout
+from vllm_quest.config import QuestConfig
+from vllm_quest.page import PageLayout
 
 
 class PagedCache:
@@ -27,7 +28,8 @@ class PagedCache:
         seed: int = 0,
         **formats: Any,
     ) -> None:
-        self.layout = PageLayout(block_size, page_size, head_size, for_cpu, dtype, **formats)
+        self.config = QuestConfig(**{"page_size": page_size, "bounds_dtype": "auto"} | formats)
+        self.layout = PageLayout.configured(self.config, block_size, head_size, dtype, for_cpu=for_cpu)
         shape = (num_blocks, num_kv_heads, block_size, self.layout.content_size)
         self.cache = torch.empty(shape, dtype=self.layout.cache_dtype)
         self.cache.view(torch.uint8).fill_(255)  # NaN in every floating dtype
@@ -42,8 +44,8 @@ class PagedCache:
         context = Context(blocks=[])
         if prefix_of is not None:
             other = self.requests[prefix_of]
-            shared = min(prefix_blocks, len(other.keys) // self.layout.block_size)
-            tokens = shared * self.layout.block_size
+            shared = min(prefix_blocks, len(other.keys) // self.layout.block.block_size)
+            tokens = shared * self.layout.block.block_size
             context = Context(other.blocks[:shared], other.keys[:tokens], other.values[:tokens])
         self.requests[self.next_id] = context
         self.next_id += 1
@@ -60,7 +62,7 @@ class PagedCache:
         context = self.requests[request]
         others = [other.blocks for other in self.requests.values() if other is not context]
         for _ in range(min(count, len(context.keys))):
-            block = context.blocks[(len(context.keys) - 1) // self.layout.block_size]
+            block = context.blocks[(len(context.keys) - 1) // self.layout.block.block_size]
             if any(block in blocks for blocks in others):
                 break
             context.keys.pop()
@@ -70,25 +72,25 @@ class PagedCache:
         self, store, counts: dict[int, int], padding: int = 0, key: torch.Tensor | None = None
     ) -> None:
         """One step: `counts[request]` new tokens each, in one call of `store`, then padding tokens."""
-        heads, dim = self.cache.shape[1], self.layout.head_size
+        heads, dim = self.cache.shape[1], self.layout.block.head_size
         total = sum(counts.values()) + padding
         if key is None:
-            key = torch.from_numpy(self.rng.standard_normal((total, heads, dim))).to(self.layout.dtype)
-        value = torch.from_numpy(self.rng.standard_normal((total, heads, dim))).to(self.layout.dtype)
+            key = torch.from_numpy(self.rng.standard_normal((total, heads, dim))).to(self.layout.block.dtype)
+        value = torch.from_numpy(self.rng.standard_normal((total, heads, dim))).to(self.layout.block.dtype)
         slots, row = [], 0
         for request, count in counts.items():
             context = self.requests[request]
             for _ in range(count):
                 position = len(context.keys)
-                if position == len(context.blocks) * self.layout.block_size:
+                if position == len(context.blocks) * self.layout.block.block_size:
                     context.blocks.append(self.free.pop(0))
-                block = context.blocks[position // self.layout.block_size]
-                slots.append(block * self.layout.block_size + position % self.layout.block_size)
+                block = context.blocks[position // self.layout.block.block_size]
+                slots.append(block * self.layout.block.block_size + position % self.layout.block.block_size)
                 context.keys.append(key[row].float().numpy())
                 context.values.append(value[row].float().numpy())
                 row += 1
         slot_mapping = torch.tensor(slots + [-1] * padding, dtype=torch.int64)
-        store(key, value, self.pages.key, self.pages.value, self.pages.bounds, slot_mapping)
+        store(key, value, self.pages, slot_mapping)
 
     def rows(self, requests: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """block_table [R, M] with garbage behind each context, seq_lens [R], num_pages [R]."""
@@ -98,4 +100,4 @@ class PagedCache:
         for row, context in enumerate(contexts):
             table[row, : len(context.blocks)] = torch.tensor(context.blocks, dtype=torch.int32)
         seq_lens = torch.tensor([len(context.keys) for context in contexts], dtype=torch.int32)
-        return table, seq_lens, (seq_lens + self.layout.page_size - 1) // self.layout.page_size
+        return table, seq_lens, (seq_lens + self.layout.block.page_size - 1) // self.layout.block.page_size

@@ -13,6 +13,9 @@ from unittest import mock
 
 import torch
 
+from vllm_quest.formats import FORMATS
+from vllm_quest.scorers import SCORERS
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # A GPU takes 16-bit caches only. One rounding of the output, and on a GPU one of each softmax weight.
 DTYPES = [torch.bfloat16, torch.float16] + ([torch.float32] if DEVICE.type == "cpu" else [])
@@ -32,6 +35,8 @@ if DEVICE.type == "cpu":
             "triton.experimental.gluon"
         )  # a launch would, and asserts what the variable says
         importlib.import_module("vllm_quest.kernels.triton")
+        for owner in (*FORMATS.values(), *SCORERS.values()):
+            importlib.import_module(owner.kernels["triton"])
 
 
 def on_device(*arguments):

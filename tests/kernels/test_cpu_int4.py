@@ -7,17 +7,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.by_device import cpu, reference
 from tests.kernels.cache import PagedCache
 from tests.kernels.test_operations import STEPS_WITH_DRAFTS, run_steps
-from vllm_quest.kernels import cpu, reference
-from vllm_quest.layout import Int4Keys, Int4Values, PageViews
+from vllm_quest.formats.int4 import Int4Cache
+from vllm_quest.page import Pages
 
 # dtype, page size, head size, KV heads, group, bounds, groups of V; every kernel is compiled for each line.
 INT4 = [
-    (torch.float32, 8, 128, 2, 4, "int8", 1),
-    (torch.bfloat16, 16, 64, 1, 8, "int8", 2),
-    (torch.float16, 32, 80, 3, 1, "bfloat16", 1),
-    (torch.bfloat16, 64, 96, 2, 3, "bfloat16", 3),
+    (torch.float32, 8, 128, 2, 4, "int8", None),
+    (torch.bfloat16, 16, 64, 1, 8, "int8", 32),
+    (torch.float16, 32, 80, 3, 1, "bfloat16", None),
+    (torch.bfloat16, 64, 96, 2, 3, "bfloat16", 32),
 ]
 LENGTHS = [577, 1, 17, 63]
 # Outputs differ by the order of float32 sums and one rounding to the output's dtype.
@@ -25,7 +26,7 @@ TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def new_cache(configuration: tuple, seed: int = 0) -> PagedCache:
-    dtype, page_size, head_size, heads, _, bounds, groups = configuration
+    dtype, page_size, head_size, heads, _, bounds, group_size = configuration
     return PagedCache(
         num_blocks=40,
         num_kv_heads=heads,
@@ -35,19 +36,18 @@ def new_cache(configuration: tuple, seed: int = 0) -> PagedCache:
         dtype=dtype,
         seed=seed,
         kv_dtype="int4",
-        metadata_dtype=bounds,
-        value_groups=groups,
+        bounds_dtype=bounds,
+        value_group_size=group_size,
     )
 
 
-def assert_same_pages(pages: PageViews, expected: PageViews) -> None:
+def assert_same_pages(pages: Pages, expected: Pages) -> None:
     """Every code and parameter of two int4 caches; unwritten parts hold the same poison."""
     for views in (pages, expected):
-        assert isinstance(views.key, Int4Keys)
-        assert isinstance(views.value, Int4Values)
+        assert isinstance(views.cache, Int4Cache)
     torch.testing.assert_close(
-        (pages.bounds, pages.key[:2], pages.value),
-        (expected.bounds, expected.key[:2], expected.value),
+        (pages.summary, pages.cache.key[:2], pages.cache.value),
+        (expected.summary, expected.cache.key[:2], expected.cache.value),
         rtol=0,
         atol=0,
         equal_nan=True,
@@ -71,8 +71,8 @@ def test_long_prompts_are_cut_into_blocks() -> None:
     key, value = torch.randn(2, len(slots) + 3, 1, 64).bfloat16()
     padded = torch.nn.functional.pad(slots, (0, 3), value=-1)
     for views, ops in ((cache.pages, cpu), (expected.pages, reference)):
-        ops.store(key[:20], value[:20], views.key, views.value, views.bounds, torch.arange(20))
-        ops.store(key, value, views.key, views.value, views.bounds, padded)
+        ops.store(key[:20], value[:20], views, torch.arange(20))
+        ops.store(key, value, views, padded)
     assert_same_pages(cache.pages, expected.pages)
 
 
@@ -90,7 +90,7 @@ def case(request):
 
 def test_scores_are_the_references(case) -> None:
     cache, (table, _, num_pages), query = case
-    arguments = (query, cache.pages.bounds, table, num_pages, 0.3, "max")
+    arguments = (query, cache.pages.summary, table, num_pages, 0.3, "max")
     scores = cpu.score_pages(*arguments)
     torch.testing.assert_close(scores, reference.score_pages(*arguments), rtol=1e-5, atol=3e-5)
 
@@ -99,15 +99,15 @@ def test_scores_are_the_references(case) -> None:
 def test_attention_is_the_references(case, budget) -> None:
     """Over selected pages and over every page, and over every page where a row is short."""
     cache, (table, seq_lens, num_pages), query = case
-    size, scale = cache.layout.page_size, cache.layout.head_size**-0.5
+    size, scale = cache.layout.block.page_size, cache.layout.block.head_size**-0.5
     indices = None
     if budget is not None:
-        scores = reference.score_pages(query, cache.pages.bounds, table, num_pages, scale, "max")
+        scores = reference.score_pages(query, cache.pages.summary, table, num_pages, scale, "max")
         indices = reference.select_pages(scores, num_pages, budget, 1, 2)
-    arguments = (query, cache.pages.key, cache.pages.value, table, seq_lens, indices, size, scale)
+    arguments = (query, cache.pages.cache, table, seq_lens, indices, size, scale)
     for min_context in (0, 100):
-        out = cpu.attend_pages(*arguments, min_context=min_context)
-        expected = reference.attend_pages(*arguments, min_context=min_context)
+        out = cpu.attend_pages(*arguments, sparse_context=min_context)
+        expected = reference.attend_pages(*arguments, sparse_context=min_context)
         torch.testing.assert_close(out, expected, rtol=TOLERANCE[query.dtype], atol=TOLERANCE[query.dtype])
 
 
@@ -122,7 +122,7 @@ def test_dequantized_blocks_are_the_references(case) -> None:
     for ops in (cpu, reference):
         key = torch.full((len(blocks) + 1, heads, query.shape[2], size), torch.nan, dtype=query.dtype).mT
         value = torch.full((len(blocks) + 1, heads, size, query.shape[2]), torch.nan, dtype=query.dtype)
-        ops.dequantize_blocks(cache.pages.key, cache.pages.value, blocks, wanted, key, value)
+        ops.dequantize_blocks(cache.pages.cache, blocks, wanted, key, value)
         outputs.append((key, value))
     torch.testing.assert_close(*outputs, rtol=0, atol=0, equal_nan=True)
     assert outputs[0][0][:-1].isfinite().all()

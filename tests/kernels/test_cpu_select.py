@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_quest.kernels import cpu, reference
+from tests.kernels.by_device import cpu, reference
 
 INFINITY = torch.inf
 LARGEST = torch.finfo(torch.float32).max

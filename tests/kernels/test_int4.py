@@ -19,37 +19,37 @@ from tests.kernels.int4_cache import (
     write,
 )
 from tests.kernels.test_operations import STEPS_WITH_DRAFTS, run_steps
-from vllm_quest.kernels.reference_bounds import read_bounds
-from vllm_quest.kernels.reference_int4 import dequantized, filling_pages, key_steps, unpack
-from vllm_quest.layout import PageViews
+from vllm_quest.formats.int4.reference import dequantized, filling_pages, key_steps, unpack
+from vllm_quest.kernels.bounds import read_bounds
+from vllm_quest.page import Pages
 
 RANDOM = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
-def last_values(views: PageViews, blocks: list[int], tokens: int, page_size: int) -> torch.Tensor:
+def last_values(views: Pages, blocks: list[int], tokens: int, page_size: int) -> torch.Tensor:
     """V of a context's last page as attention reads it, ``[tokens in it, H, D]``."""
     table, length = torch.tensor([blocks], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
-    _, values = filling_pages(views.key, views.value, table, length)
+    _, values = filling_pages(views.cache, table, length)
     return values[0].transpose(0, 1)[: (tokens - 1) % page_size + 1]
 
 
-def value_steps(views: PageViews) -> torch.Tensor:
+def value_steps(views: Pages) -> torch.Tensor:
     """The step of the quantizer of V, ``[B, H, N, D]``."""
-    scale = views.value.params.float()[..., 1]
+    scale = views.cache.value.params.float()[..., 1]
     return scale.repeat_interleave(DIM // scale.shape[-1], -1)
 
 
-def page_errors(views: PageViews, key: torch.Tensor, page_size: int) -> torch.Tensor:
+def page_errors(views: Pages, key: torch.Tensor, page_size: int) -> torch.Tensor:
     """Root mean square error of K per page and head."""
     parts = (stored(views, len(key))[0] - key).split(page_size)
     return torch.stack([part.square().mean((0, 2)).sqrt() for part in parts])
 
 
-def steps_of(views: PageViews, tokens: int, page_size: int) -> torch.Tensor:
+def steps_of(views: Pages, tokens: int, page_size: int) -> torch.Tensor:
     """The quantizer's step at every token, ``[T, H, D]``."""
-    bounds = read_bounds(views.bounds, torch.arange(len(views.bounds.values)))
+    bounds = read_bounds(views.summary, torch.arange(len(views.summary.values)))
     step = key_steps(bounds)[1].squeeze(-2)  # [B, H, P, D]
     return step.movedim(1, 2).flatten(0, 1).repeat_interleave(page_size, 0)[:tokens]
 
@@ -118,8 +118,8 @@ def test_bounds_hold_and_errors_stay_small_under_any_history(format, ops, steps,
     """Blocks change hands and drafts are rejected across pages: still, bounds are bounds of every key."""
     cache = new_cache(format, seed)
     run_steps(cache, ops.store, steps)
-    keys, _ = dequantized(cache.pages.key, cache.pages.value)  # [B, H, N, D]
-    bounds = read_bounds(cache.pages.bounds, torch.arange(len(keys))).repeat_interleave(format[0], 2)
+    keys, _ = dequantized(cache.pages.cache)  # [B, H, N, D]
+    bounds = read_bounds(cache.pages.summary, torch.arange(len(keys))).repeat_interleave(format[0], 2)
     step = key_steps(bounds)[1].squeeze(-2)
     for context in cache.requests.values():
         for position, key in enumerate(context.keys):
@@ -152,10 +152,10 @@ def test_a_block_forgets_its_previous_owner(format, ops) -> None:
     for cache in (reused, fresh):
         write(ops, cache.pages, key, [5, 1, 14, 1])
     pages = -(-21 // format[0])
-    assert torch.equal(reused.pages.key.codes[0, :, :pages], fresh.pages.key.codes[0, :, :pages])
-    assert torch.equal(reused.pages.key.residual[0], fresh.pages.key.residual[0])
-    assert torch.equal(reused.pages.value.residual[0], fresh.pages.value.residual[0])
-    assert torch.equal(reused.pages.bounds.values[0, :, :pages], fresh.pages.bounds.values[0, :, :pages])
+    assert torch.equal(reused.pages.cache.key.codes[0, :, :pages], fresh.pages.cache.key.codes[0, :, :pages])
+    assert torch.equal(reused.pages.cache.key.residual[0], fresh.pages.cache.key.residual[0])
+    assert torch.equal(reused.pages.cache.value.residual[0], fresh.pages.cache.value.residual[0])
+    assert torch.equal(reused.pages.summary.values[0, :, :pages], fresh.pages.summary.values[0, :, :pages])
     assert torch.equal(stored(reused.pages, 21)[1], stored(fresh.pages, 21)[1])
 
 
@@ -166,14 +166,14 @@ def test_the_residual_of_another_page_is_not_used(format, ops) -> None:
     cache, size = new_cache(format), format[0]
     key = torch.randn(size + 3, HEADS, DIM, generator=torch.Generator().manual_seed(3))
     write(ops, cache.pages, key, [size - 3, 6])
-    residual = cache.pages.key.residual[0]
+    residual = cache.pages.cache.key.residual[0]
     assert (residual[:, -1] >> 4 == 1).all()
     accepted = 5 * key[: size - 2]
     write(ops, cache.pages, accepted[-1:], [1], start=size - 3)
     assert (residual[:, -1] >> 4 == 0).all()
     error = (stored(cache.pages, size - 3)[0] - key[: size - 3]).abs()
     assert (error <= 1.1 * steps_of(cache.pages, size - 3, size) + 1e-6).all()
-    fractions = unpack(cache.pages.value.residual[0])
+    fractions = unpack(cache.pages.cache.value.residual[0])
     assert (fractions[:, : size - 3] == 8).all()
     values = last_values(cache.pages, [0], size - 2, size)
     assert torch.equal(values[:-1], stored(cache.pages, size - 3)[1])
@@ -210,14 +210,14 @@ def test_attention_reads_the_residuals_of_the_last_page(format, ops) -> None:
 
     def store(first: int, last: int) -> None:
         slots = torch.arange(first, last)
-        ops.store(key[first:last], value[first:last], views.key, views.value, views.bounds, slots)
+        ops.store(key[first:last], value[first:last], views, slots)
 
     def outputs(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         logits = torch.einsum("hd,thd->ht", query[0], keys) * DIM**-0.5
         return torch.einsum("ht,thd->hd", logits.softmax(-1), values)
 
     def attend() -> torch.Tensor:
-        return ops.attend_pages(query, views.key, views.value, table, length, None, size, DIM**-0.5)[0]
+        return ops.attend_pages(query, views.cache, table, length, None, size, DIM**-0.5)[0]
 
     store(0, size)
     store(size, tokens)

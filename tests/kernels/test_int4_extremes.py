@@ -16,7 +16,7 @@ from tests.kernels.int4_cache import (
     stored,
     write,
 )
-from vllm_quest.kernels.reference_int4 import LARGEST
+from vllm_quest.formats.int4.reference import LARGEST
 
 EXTREMES = {
     "zeros": torch.zeros(()),
@@ -61,7 +61,7 @@ def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
     query = 1e-38 * torch.randn(1, 2 * HEADS, DIM, generator=torch.Generator().manual_seed(5))
     table, length = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1 if everywhere else 19]).int()
     views = cache.pages
-    out = ops.attend_pages(query, views.key, views.value, table, length, None, format[0], 1.0)
+    out = ops.attend_pages(query, views.cache, table, length, None, format[0], 1.0)
     assert out.isfinite().all()
 
 
@@ -82,9 +82,9 @@ def test_what_is_finite_stays_finite(format, ops, dtype) -> None:
         num_blocks=1, num_kv_heads=HEADS, block_size=BLOCK, page_size=8, head_size=DIM, dtype=dtype
     ).pages
     blocks, wanted = torch.zeros(1, dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
-    ops.dequantize_blocks(views.key, views.value, blocks, wanted, out.key, out.value)
+    ops.dequantize_blocks(views.cache, blocks, wanted, out.cache)
     expected = key.float().clamp(-LARGEST, LARGEST)
-    for part in (out.key, out.value):
+    for part in out.cache:
         read = part[0, :, :tokens].transpose(0, 1).float()
         assert read.isfinite().all()
         assert ((read - expected).abs() <= 0.55 * 2 * expected.abs().max() / 15).all()
@@ -92,5 +92,5 @@ def test_what_is_finite_stays_finite(format, ops, dtype) -> None:
     query = torch.zeros(1, HEADS, DIM, dtype=dtype)
     for length in (1, tokens) if dtype == torch.float16 else (1,):
         table, seq_lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
-        read = ops.attend_pages(query, views.key, views.value, table, seq_lens, None, format[0], 1.0)
+        read = ops.attend_pages(query, views.cache, table, seq_lens, None, format[0], 1.0)
         assert read.isfinite().all()

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import oracle
+from tests.kernels.by_device import cpu, reference
 from tests.kernels.cache import PagedCache
-from vllm_quest.kernels import cpu, reference
-from vllm_quest.kernels.reference_bounds import read_bounds
+from vllm_quest.kernels.bounds import read_bounds
 
 IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 
@@ -48,18 +48,18 @@ def run_steps(cache: PagedCache, store, steps) -> None:
             cache.finish(live[pick % len(live)])
         elif action == "reject":
             cache.reject(live[pick % len(live)], counts[0])
-        room = len(cache.free) * cache.layout.block_size - 3 * cache.layout.block_size
+        room = len(cache.free) * cache.layout.block.block_size - 3 * cache.layout.block.block_size
         targets = dict(zip(cache.requests, counts, strict=False))
         if sum(targets.values()) < room:
             cache.append(store, targets, padding)
 
 
 def assert_bounds(cache: PagedCache) -> None:
-    size = cache.layout.page_size
+    size = cache.layout.block.page_size
     for context in cache.requests.values():
         for page in range(context.num_pages(size)):
-            block, within = divmod(page, cache.layout.pages_per_block)
-            stored = cache.pages.bounds.values[context.blocks[block], :, within].float().numpy()
+            block, within = divmod(page, cache.layout.block.pages)
+            stored = cache.pages.summary.values[context.blocks[block], :, within].float().numpy()
             kmin, kmax = oracle.page_bounds(context, page, size)
             np.testing.assert_array_equal(stored[:, 0], kmin)
             np.testing.assert_array_equal(stored[:, 1], kmax)
@@ -78,12 +78,12 @@ def test_bounds_follow_every_write(ops, steps, page_size) -> None:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(steps=STEPS, page_size=st.sampled_from([8, 16]))
 def test_8_bit_bounds_are_a_step_wider_at_most(ops, steps, page_size) -> None:
-    cache = PagedCache(page_size=page_size, metadata_dtype="int8")
+    cache = PagedCache(page_size=page_size, bounds_dtype="int8")
     run_steps(cache, ops.store, steps)
-    bounds = read_bounds(cache.pages.bounds, torch.arange(len(cache.cache)))
+    bounds = read_bounds(cache.pages.summary, torch.arange(len(cache.cache)))
     for context in cache.requests.values():
         for page in range(context.num_pages(page_size)):
-            block, within = divmod(page, cache.layout.pages_per_block)
+            block, within = divmod(page, cache.layout.block.pages)
             stored = bounds[context.blocks[block], :, within].numpy()
             kmin, kmax = oracle.page_bounds(context, page, page_size)
             span = kmax.max(-1, keepdims=True) - kmin.min(-1, keepdims=True)
@@ -111,13 +111,13 @@ def test_decode_reads_the_oracles_pages(ops, steps, reduce, budget, seed) -> Non
 
 def check_decode(ops, cache: PagedCache, requests: list[int], reduce: str, budget: int, group: int) -> None:
     """Scores, pages and outputs of one decode step, each compared with the oracle."""
-    size, dim, heads = cache.layout.page_size, cache.layout.head_size, cache.cache.shape[1]
+    size, dim, heads = cache.layout.block.page_size, cache.layout.block.head_size, cache.cache.shape[1]
     table, seq_lens, num_pages = cache.rows(requests)
     scale = dim**-0.5
     query = torch.from_numpy(cache.rng.standard_normal((len(requests), heads * group, dim))).float()
-    scores = ops.score_pages(query, cache.pages.bounds, table, num_pages, scale, reduce)
+    scores = ops.score_pages(query, cache.pages.summary, table, num_pages, scale, reduce)
     pages = ops.select_pages(scores, num_pages, budget, 1, 2)
-    out = ops.attend_pages(query, cache.pages.key, cache.pages.value, table, seq_lens, pages, size, scale)
+    out = ops.attend_pages(query, cache.pages.cache, table, seq_lens, pages, size, scale)
     for row, request in enumerate(requests):
         context = cache.requests[request]
         for head in range(heads):
@@ -147,7 +147,7 @@ def test_values_below_the_threshold_are_not_read(threshold, group) -> None:
     query = torch.from_numpy(cache.rng.standard_normal((2, 2 * group, 32))).float() * 3
     pages = torch.tensor([[0, 3, 5, 17], [0, 1, -1, -1]], dtype=torch.int32)[:, None].expand(-1, 2, -1)
     views = cache.pages
-    arguments = (query, views.key, views.value, table, seq_lens, pages, 8, 0.2)
+    arguments = (query, views.cache, table, seq_lens, pages, 8, 0.2)
     out = reference.attend_pages(*arguments, value_threshold=threshold)
     for row, request in enumerate(requests):
         context = cache.requests[request]
@@ -175,8 +175,8 @@ def test_short_rows_read_every_page() -> None:
         (lists, 77, [[*range(8), *range(72, 77)], range(21)]),
         (lists, 78, [range(77), range(21)]),
     ]:
-        arguments = (query, views.key, views.value, table, seq_lens, pages, 8, 0.2)
-        out = reference.attend_pages(*arguments, min_context=min_context)
+        arguments = (query, views.cache, table, seq_lens, pages, 8, 0.2)
+        out = reference.attend_pages(*arguments, sparse_context=min_context)
         for row, tokens in enumerate(read):
             context = cache.requests[requests[row]]
             for head in range(6):
@@ -193,10 +193,10 @@ def test_full_budget_is_dense_attention(ops, length, page_size) -> None:
     cache.append(ops.store, {request: length})
     table, seq_lens, num_pages = cache.rows([request])
     query = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(length))
-    scores = ops.score_pages(query, cache.pages.bounds, table, num_pages, 1.0, "max")
+    scores = ops.score_pages(query, cache.pages.summary, table, num_pages, 1.0, "max")
     pages = ops.select_pages(scores, num_pages, int(num_pages) + 2, 1, 1)
     assert pages[0, 0].tolist() == [*range(int(num_pages)), -1, -1]
-    out = ops.attend_pages(query, cache.pages.key, cache.pages.value, table, seq_lens, pages, page_size, 0.2)
+    out = ops.attend_pages(query, cache.pages.cache, table, seq_lens, pages, page_size, 0.2)
     context = cache.requests[request]
     keys = torch.from_numpy(np.stack(context.keys, 1))  # [H, T, D]
     values = torch.from_numpy(np.stack(context.values, 1))
@@ -215,20 +215,20 @@ def test_nothing_is_evicted(ops) -> None:
     table, _, num_pages = cache.rows([request])
     for page in [5, 11, 5, 16, 11]:
         query = torch.eye(32)[page][None, None]
-        scores = ops.score_pages(query, cache.pages.bounds, table, num_pages, 1.0, "max")
+        scores = ops.score_pages(query, cache.pages.summary, table, num_pages, 1.0, "max")
         chosen = ops.select_pages(scores, num_pages, 4, 1, 2)
         assert chosen.flatten().tolist() == [0, page, 18, 19]
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
-@pytest.mark.parametrize("metadata_dtype", ["auto", "int8"])
-def test_score_is_an_upper_bound(ops, metadata_dtype) -> None:
-    cache = PagedCache(num_kv_heads=2, metadata_dtype=metadata_dtype)
+@pytest.mark.parametrize("bounds_dtype", ["auto", "int8"])
+def test_score_is_an_upper_bound(ops, bounds_dtype) -> None:
+    cache = PagedCache(num_kv_heads=2, bounds_dtype=bounds_dtype)
     request = cache.new_request()
     cache.append(ops.store, {request: 203})
     table, _, num_pages = cache.rows([request])
     query = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(7))
-    scores = ops.score_pages(query, cache.pages.bounds, table, num_pages, 1.0, "max")
+    scores = ops.score_pages(query, cache.pages.summary, table, num_pages, 1.0, "max")
     keys = np.stack(cache.requests[request].keys)
     for head in range(2):
         dots = keys[:, head] @ query[0, head].numpy()
@@ -252,9 +252,7 @@ def test_ties_go_to_the_earlier_page(ops) -> None:
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    "formats", [{}, {"kv_dtype": "int4", "metadata_dtype": "int8"}], ids=["auto", "int4"]
-)
+@pytest.mark.parametrize("formats", [{}, {"kv_dtype": "int4", "bounds_dtype": "int8"}], ids=["auto", "int4"])
 @pytest.mark.parametrize("threshold", [0.5, 4.0, 12.0])
 def test_value_threshold_leaves_out_what_weighs_nothing(ops, formats, threshold) -> None:
     """The output moves by no more than the share that is left out times the range of V."""
@@ -263,7 +261,7 @@ def test_value_threshold_leaves_out_what_weighs_nothing(ops, formats, threshold)
     cache.append(ops.store, {request: 203})
     table, seq_lens, _ = cache.rows([request])
     query = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(8))
-    arguments = (query, cache.pages.key, cache.pages.value, table, seq_lens, None, 8, 1.0)
+    arguments = (query, cache.pages.cache, table, seq_lens, None, 8, 1.0)
     whole = ops.attend_pages(*arguments)
     out = ops.attend_pages(*arguments, value_threshold=threshold)
     values = np.stack(cache.requests[request].values)

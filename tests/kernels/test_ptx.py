@@ -14,8 +14,8 @@ from tests.ptx.child import run
 
 HALF = {"dtype": torch.bfloat16, "page_size": 16, "head_size": 128, "num_kv_heads": 1}
 HALF_SMALL = {"dtype": torch.float16, "page_size": 8, "head_size": 64, "num_kv_heads": 2}
-INT4 = {**HALF, "kv_dtype": "int4", "metadata_dtype": "int8", "value_groups": 4}
-INT4_SMALL = {**HALF_SMALL, "kv_dtype": "int4", "metadata_dtype": "int8", "value_groups": 1}
+INT4 = {**HALF, "kv_dtype": "int4", "bounds_dtype": "int8", "value_group_size": 4}
+INT4_SMALL = {**HALF_SMALL, "kv_dtype": "int4", "bounds_dtype": "int8", "value_group_size": 1}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_store_of_4_bit_pages(compiled, spread) -> None:
 
 
 def test_store_in_16_bits(compiled) -> None:
-    for actual, expected in compiled("store", {**HALF_SMALL, "metadata_dtype": "int8"}):
+    for actual, expected in compiled("store", {**HALF_SMALL, "bounds_dtype": "int8"}):
         assert torch.equal(actual, expected)
 
 
@@ -55,7 +55,7 @@ def test_dequantized_blocks(compiled) -> None:
 
 @pytest.mark.parametrize(
     ("formats", "group_reduce"),
-    [(HALF, "max"), ({**HALF_SMALL, "metadata_dtype": "int8"}, "softmax_mean")],
+    [(HALF, "max"), ({**HALF_SMALL, "bounds_dtype": "int8"}, "softmax_mean")],
     ids=["bounds in 16 bits", "bounds in 8 bits"],
 )
 def test_scores(compiled, formats, group_reduce) -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from tests import oracle
+from tests.kernels.by_device import reference, triton
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
 from tests.kernels.test_triton_score import LENGTHS, query_for, rows_of
-from vllm_quest.kernels import reference, triton
-from vllm_quest.kernels.triton.workspace import attend_scratch
-from vllm_quest.layout import PageLayout
+from vllm_quest.config import QuestConfig
+from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch
+from vllm_quest.page import PageLayout
 
 
 def random_pages(num_pages: torch.Tensor, heads: int, budget: int, seed: int = 0) -> torch.Tensor:
@@ -29,22 +30,18 @@ def random_pages(num_pages: torch.Tensor, heads: int, budget: int, seed: int = 0
 
 
 def attend(cache, query, table, seq_lens, pages, scale, **kwargs):
-    size, views = cache.layout.page_size, cache.layout.views(cache.cache.to(DEVICE))
+    size, views = cache.layout.block.page_size, cache.layout.views(cache.cache.to(DEVICE))
     table, seq_lens, pages = on_device(table, seq_lens, pages)
-    return triton.attend_pages(
-        query.to(DEVICE), views.key, views.value, table, seq_lens, pages, size, scale, **kwargs
-    )
+    return triton.attend_pages(query.to(DEVICE), views.cache, table, seq_lens, pages, size, scale, **kwargs)
 
 
 def expected_of(cache, query, table, seq_lens, pages, scale, **kwargs):
-    views, size = cache.pages, cache.layout.page_size
-    return reference.attend_pages(
-        query, views.key, views.value, table, seq_lens, pages, size, scale, **kwargs
-    )
+    views, size = cache.pages, cache.layout.block.page_size
+    return reference.attend_pages(query, views.cache, table, seq_lens, pages, size, scale, **kwargs)
 
 
 def assert_attends(cache, *arguments, **kwargs) -> None:
-    bound = TOLERANCE[cache.layout.dtype]
+    bound = TOLERANCE[cache.layout.block.dtype]
     actual, expected = attend(cache, *arguments, **kwargs).cpu(), expected_of(cache, *arguments, **kwargs)
     torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
 
@@ -102,7 +99,7 @@ def test_short_rows_read_every_page(page_size, head_size, group, min_context) ->
     seq_lens, pages = torch.tensor(LENGTHS, dtype=torch.int32), random_pages(num_pages, 2, 3)
     pages[seq_lens < min_context] = 2**30
     query = query_for(cache, 4, group)
-    assert_attends(cache, query, table, seq_lens, pages, 0.125, min_context=min_context)
+    assert_attends(cache, query, table, seq_lens, pages, 0.125, sparse_context=min_context)
 
 
 def test_without_lists_every_row_reads_every_page() -> None:
@@ -129,7 +126,7 @@ def test_values_below_the_threshold_are_not_loaded() -> None:
     unread = (logits == far).all(1).nonzero().flatten()
     assert 100 < len(unread) < 400
     table, seq_lens, num_pages = cache.rows([request])
-    cache.pages.value[table[0].long()[unread // 32], :, unread % 32] = torch.nan
+    cache.pages.cache.value[table[0].long()[unread // 32], :, unread % 32] = torch.nan
     query = torch.eye(64)[None, :group].to(DTYPES[0])
     pages = random_pages(num_pages, 1, int(num_pages))
     assert_attends(cache, query, table, seq_lens, pages, 1.0, value_threshold=10.0)
@@ -190,7 +187,7 @@ def test_flat_and_peaked_softmax(factor) -> None:
 def test_persistent_buffers_serve_one_step_after_another() -> None:
     cache, table, _ = rows_of([577, 63, 300], dtype=DTYPES[0], page_size=8, head_size=64)
     elements = attend_scratch(6, 4, 64, 40 * 8, DEVICE)
-    workspace = triton.Workspace.allocate(elements, 6, DEVICE)
+    workspace = Workspace.allocate(elements, 6, DEVICE)
     workspace.scratch.fill_(torch.nan)
     out = torch.full((3, 8, 64), torch.nan, dtype=DTYPES[0], device=DEVICE)
     bound = TOLERANCE[DTYPES[0]]
@@ -205,7 +202,7 @@ def test_persistent_buffers_serve_one_step_after_another() -> None:
 
 
 def test_strides_of_blocks_heads_and_queries_are_free() -> None:
-    layout = PageLayout(16, 8, 32, False, DTYPES[0])
+    layout = PageLayout.configured(QuestConfig(bounds_dtype="auto"), 16, 32, DTYPES[0], for_cpu=False)
     cache = torch.randn(3, 5, 16, layout.content_size).to(DTYPES[0])  # heads before blocks
     views = layout.views(cache.transpose(0, 1))
     on_gpu = layout.views(cache.to(DEVICE).transpose(0, 1))
@@ -213,24 +210,23 @@ def test_strides_of_blocks_heads_and_queries_are_free() -> None:
     table = torch.tensor([[4, 1], [0, 2]], dtype=torch.int32)
     seq_lens = torch.tensor([20, 32], dtype=torch.int32)
     pages = random_pages(torch.tensor([3, 4]), 3, 2)
-    actual = triton.attend_pages(
-        query.to(DEVICE), on_gpu.key, on_gpu.value, *on_device(table, seq_lens, pages), 8, 0.2
-    )
-    expected = reference.attend_pages(query, views.key, views.value, table, seq_lens, pages, 8, 0.2)
+    actual = triton.attend_pages(query.to(DEVICE), on_gpu.cache, *on_device(table, seq_lens, pages), 8, 0.2)
+    expected = reference.attend_pages(query, views.cache, table, seq_lens, pages, 8, 0.2)
     torch.testing.assert_close(actual.cpu(), expected, rtol=2**-7, atol=2**-7)
 
 
 def test_what_the_kernel_relies_on_is_checked() -> None:
     cache, table, num_pages = rows_of([63], page_size=8)
     query, pages = query_for(cache, 1, 2), random_pages(num_pages, 2, 4)
-    key, value = cache.pages.key, cache.pages.value
+    whole = cache.pages.cache
+    apart = whole._replace(value=whole.value.contiguous())
     seq_lens = torch.tensor([63], dtype=torch.int32)
     for arguments, message in [
-        ((query, key, value, table, seq_lens, pages, 12), "page_size: 12; allowed: a power of two"),
-        ((query, key, value.contiguous(), table, seq_lens, pages, 8), "key_cache, value_cache: strides"),
-        ((query[:, :3], key, value, table, seq_lens, pages, 8), "3 heads for 2 KV heads"),
+        ((query, whole, table, seq_lens, pages, 12), "page_size: 12; allowed: a power of two"),
+        ((query, apart, table, seq_lens, pages, 8), "key_cache, value_cache: strides"),
+        ((query[:, :3], whole, table, seq_lens, pages, 8), "3 heads for 2 KV heads"),
         (
-            (query, key, value, table, seq_lens, pages.mT.contiguous().mT, 8),
+            (query, whole, table, seq_lens, pages.mT.contiguous().mT, 8),
             "page_indices: the last dimension",
         ),
     ]:

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from tests.kernels.by_device import reference, triton
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
 from tests.kernels.test_operations import STEPS_WITH_DRAFTS, run_steps
-from vllm_quest.kernels import reference, triton
-from vllm_quest.kernels.triton import store_int4
-from vllm_quest.layout import PageViews
+from vllm_quest.formats.int4 import Int4Cache
+from vllm_quest.page import Pages
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 # dtype, page size, head size, KV heads, group, bounds, groups of V
 CONFIGURATIONS = [
-    (DTYPES[-1], 8, 64, 2, 4, "int8", 1),
-    (DTYPES[0], 16, 128, 1, 8, "int8", 4),
-    (DTYPES[1], 32, 80, 3, 1, "bfloat16", 1),
-    (DTYPES[0], 64, 96, 2, 3, "bfloat16", 3),
-    (DTYPES[0], 16, 96, 1, 16, "int8", 2),  # 48 channels of V in a group
+    (DTYPES[-1], 8, 64, 2, 4, "int8", None),
+    (DTYPES[0], 16, 128, 1, 8, "int8", 32),
+    (DTYPES[1], 32, 80, 3, 1, "bfloat16", None),
+    (DTYPES[0], 64, 96, 2, 3, "bfloat16", 32),
+    (DTYPES[0], 16, 96, 1, 16, "int8", 64),  # 48 channels of V in a group
 ]
 EVERY_CONFIGURATION = pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 
 
 def new_cache(configuration: tuple, seed: int = 0) -> PagedCache:
-    dtype, page_size, head_size, heads, _, bounds, groups = configuration
+    dtype, page_size, head_size, heads, _, bounds, group_size = configuration
     return PagedCache(
         num_blocks=24,
         num_kv_heads=heads,
@@ -39,14 +41,14 @@ def new_cache(configuration: tuple, seed: int = 0) -> PagedCache:
         for_cpu=False,
         seed=seed,
         kv_dtype="int4",
-        metadata_dtype=bounds,
-        value_groups=groups,
+        bounds_dtype=bounds,
+        value_group_size=group_size,
     )
 
 
-def bytes_of(views: PageViews) -> torch.Tensor:
+def bytes_of(views: Pages) -> torch.Tensor:
     """Every stored byte of an int4 cache, except that zeros have no sign."""
-    parts = [*views.key[:2], *views.value, *views.bounds]
+    parts = [*views.cache.key[:2], *views.cache.value, *views.summary]
     return torch.cat(
         [
             (part + 0.0 if part.is_floating_point() else part).contiguous().view(torch.uint8).flatten()
@@ -59,12 +61,12 @@ def bytes_of(views: PageViews) -> torch.Tensor:
 def store_into(cache: PagedCache):
     """`triton.store` for `cache`, compared with the reference: to the bit, where no GPU fuses operations."""
 
-    def store(key, value, key_cache, value_cache, bounds, slot_mapping) -> None:
+    def store(key, value, pages, slot_mapping) -> None:
         expected, written = cache.cache.clone(), cache.cache.to(DEVICE)
         views = cache.layout.views(expected)
-        reference.store(key, value, views.key, views.value, views.bounds, slot_mapping)
+        reference.store(key, value, views, slot_mapping)
         on_gpu = cache.layout.views(written)
-        triton.store(*on_device(key, value), on_gpu.key, on_gpu.value, on_gpu.bounds, slot_mapping.to(DEVICE))
+        triton.store(*on_device(key, value), on_gpu, slot_mapping.to(DEVICE))
         cache.cache.copy_(written)
         different = bytes_of(cache.pages) != bytes_of(views)
         if DEVICE.type == "cpu":
@@ -78,7 +80,7 @@ def store_into(cache: PagedCache):
 @EVERY_CONFIGURATION
 @pytest.mark.parametrize("spread", [0, 512], ids=["programs of many tokens", "programs of one token"])
 def test_store_writes_the_references_bytes(configuration, spread, monkeypatch) -> None:
-    monkeypatch.setattr(store_int4, "SPREAD_TOKENS", spread)
+    monkeypatch.setattr(import_module("vllm_quest.formats.int4.triton.store"), "SPREAD_TOKENS", spread)
     cache = new_cache(configuration)
     store = store_into(cache)
     first, second, third = (cache.new_request() for _ in range(3))
@@ -93,7 +95,7 @@ def test_store_writes_the_references_bytes(configuration, spread, monkeypatch) -
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(steps=STEPS_WITH_DRAFTS)
 def test_any_schedule(steps) -> None:
-    cache = new_cache((DTYPES[-1], 8, 16, 1, 1, "int8", 1))
+    cache = new_cache((DTYPES[-1], 8, 16, 1, 1, "int8", None))
     run_steps(cache, store_into(cache), steps)
 
 
@@ -107,7 +109,7 @@ def test_any_schedule(steps) -> None:
 )
 def test_extreme_elements(dtype, everywhere, element) -> None:
     """Everywhere, and as an outlier; what is stored is read as the reference reads it, and finite."""
-    cache = new_cache((dtype, 8, 32, 1, 2, "int8", 1))
+    cache = new_cache((dtype, 8, 32, 1, 2, "int8", None))
     key = torch.randn(11, 1, 32, generator=torch.Generator().manual_seed(4)).to(dtype)
     key[slice(None) if everywhere else 9] = element
 
@@ -141,17 +143,17 @@ def case(request):
 def selected(
     cache: PagedCache, query: torch.Tensor, table: torch.Tensor, num_pages: torch.Tensor, budget: int
 ):
-    scores = reference.score_pages(query, cache.pages.bounds, table, num_pages, 1.0, "max")
+    scores = reference.score_pages(query, cache.pages.summary, table, num_pages, 1.0, "max")
     return reference.select_pages(scores, num_pages, budget, 1, 2)
 
 
 def assert_attends(cache, query, table, seq_lens, indices, **kwargs) -> None:
-    size, scale = cache.layout.page_size, cache.layout.head_size**-0.5
+    size, scale = cache.layout.block.page_size, cache.layout.block.head_size**-0.5
     expected = reference.attend_pages(
-        query, cache.pages.key, cache.pages.value, table, seq_lens, indices, size, scale, **kwargs
+        query, cache.pages.cache, table, seq_lens, indices, size, scale, **kwargs
     )
     views = cache.layout.views(cache.cache.to(DEVICE))
-    arguments = on_device(query, views.key, views.value, table, seq_lens, indices)
+    arguments = on_device(query, views.cache, table, seq_lens, indices)
     actual = triton.attend_pages(*arguments, size, scale, **kwargs).cpu()
     bound = TOLERANCE[query.dtype]
     assert actual.isfinite().all()
@@ -164,7 +166,7 @@ def test_attention_is_the_references(case, budget) -> None:
     indices = None if budget is None else selected(cache, query, table, num_pages, budget)
     assert_attends(cache, query, table, seq_lens, indices)
     if budget == 3:
-        assert_attends(cache, query, table, seq_lens, indices, min_context=100)
+        assert_attends(cache, query, table, seq_lens, indices, sparse_context=100)
 
 
 def test_dequantized_blocks_are_the_references(case) -> None:
@@ -181,7 +183,7 @@ def test_dequantized_blocks_are_the_references(case) -> None:
         shape = (len(blocks) + 1, heads, size, 2 * query.shape[2])
         out = torch.full(shape, torch.nan, dtype=query.dtype, device=device)
         arguments = (tensor.to(device) for tensor in (blocks, wanted))
-        ops.dequantize_blocks(views.key, views.value, *arguments, *out.chunk(2, -1))
+        ops.dequantize_blocks(views.cache, *arguments, *out.chunk(2, -1))
         outputs.append(out.cpu())
     exact = DEVICE.type == "cpu" and query.dtype != torch.bfloat16  # to which the interpreter rounds its way
     bound = 0 if exact else TOLERANCE[query.dtype]
@@ -199,9 +201,9 @@ def test_rows_without_a_context_are_zero() -> None:
     cache.append(reference.store, {request: 20})
     table, seq_lens, _ = cache.rows([request, request])
     table[0], seq_lens[0] = 2**30, 0
-    query = torch.randn(2, 8, 64).to(cache.layout.dtype)
+    query = torch.randn(2, 8, 64).to(cache.layout.block.dtype)
     views = cache.layout.views(cache.cache.to(DEVICE))
-    arguments = on_device(query, views.key, views.value, table, seq_lens, None)
+    arguments = on_device(query, views.cache, table, seq_lens, None)
     out = torch.full_like(query, torch.nan, device=DEVICE)
     assert not triton.attend_pages(*arguments, 8, 0.1, out=out)[0].any()
     assert_attends(cache, query[1:], table[1:], seq_lens[1:], None)
@@ -218,16 +220,18 @@ def test_a_value_threshold_drops_what_hardly_counts(case) -> None:
 
 def test_what_the_kernels_rely_on_is_checked() -> None:
     cache = new_cache(CONFIGURATIONS[0])
-    key, value = cache.pages.key, cache.pages.value
+    key, value = cache.pages.cache
     out = torch.zeros(1, 2, 64, 128).chunk(2, -1)
     block = torch.zeros(1, dtype=torch.int32)
-    for keys, values, blocks, message in [
-        (key._replace(codes=key.codes.mT.contiguous().mT), value, block, "key_cache: .* token-major pages"),
-        (key, value._replace(params=value.params.contiguous()), block, r"value_cache\.params: "),
-        (key, value, block.long(), "blocks, num_tokens: torch.int64"),
+    channel_major = key._replace(codes=key.codes.mT.contiguous().mT)
+    apart = value._replace(params=value.params.contiguous())
+    for pages, blocks, message in [
+        (Int4Cache(channel_major, value), block, "key_cache: .* token-major pages"),
+        (Int4Cache(key, apart), block, r"value_cache\.params: "),
+        (Int4Cache(key, value), block.long(), "blocks, num_tokens: torch.int64"),
     ]:
         with pytest.raises(ValueError, match=message):
-            triton.dequantize_blocks(keys, values, blocks, block, *out)
+            triton.dequantize_blocks(pages, blocks, block, *out)
     table = block[None]
     with pytest.raises(ValueError, match="page_size: 16; the cache has pages of 8 tokens"):
-        triton.attend_pages(torch.zeros(1, 2, 64), key, value, table, block, None, 16, 1.0)
+        triton.attend_pages(torch.zeros(1, 2, 64), cache.pages.cache, table, block, None, 16, 1.0)

@@ -6,30 +6,30 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from tests.kernels.by_device import reference, triton
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, on_device
 from tests.kernels.test_operations import STEPS, run_steps
 from tests.kernels.test_triton_score import LENGTHS, assert_scores, query_for, rows_of
-from vllm_quest.kernels import reference, triton
-from vllm_quest.kernels.reference_bounds import read_bounds
+from vllm_quest.kernels.bounds import read_bounds
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
 def new_cache(**kwargs) -> PagedCache:
-    return PagedCache(for_cpu=False, metadata_dtype="int8", **kwargs)
+    return PagedCache(for_cpu=False, bounds_dtype="int8", **kwargs)
 
 
 def store_into(cache: PagedCache):
     """`triton.store` for `cache`, compared with the reference: to the bit, where no GPU fuses operations."""
 
-    def store(key, value, key_cache, value_cache, bounds, slot_mapping) -> None:
+    def store(key, value, pages, slot_mapping) -> None:
         expected, written = cache.cache.clone(), cache.cache.to(DEVICE)
         views = cache.layout.views(expected)
-        reference.store(key, value, views.key, views.value, views.bounds, slot_mapping)
+        reference.store(key, value, views, slot_mapping)
         views = cache.layout.views(written)
-        triton.store(*on_device(key, value), views.key, views.value, views.bounds, slot_mapping.to(DEVICE))
+        triton.store(*on_device(key, value), views, slot_mapping.to(DEVICE))
         cache.cache.copy_(written)
         different = cache.cache.view(torch.uint8) != expected.view(torch.uint8)
         if DEVICE.type == "cpu":
@@ -79,7 +79,7 @@ def test_extreme_keys(key) -> None:
     cache.append(store, {request: 5}, key=keys[:5].to(DTYPES[0]))
     cache.append(store, {request: 6}, key=keys[5:].to(DTYPES[0]))
     blocks = torch.tensor(cache.requests[request].blocks)
-    bounds = read_bounds(cache.pages.bounds, blocks)[:, :, 0]
+    bounds = read_bounds(cache.pages.summary, blocks)[:, :, 0]
     assert not bounds.isnan().any()
     assert bounds.isfinite().all() or key == "infinite"  # whose bound may be infinite, too
 
@@ -95,8 +95,8 @@ def test_scores_are_the_references(dtype, block_size, page_size, head_size, grou
         page_size=page_size,
         head_size=head_size,
         dtype=dtype,
-        metadata_dtype="int8",
+        bounds_dtype="int8",
     )
     query = query_for(cache, len(LENGTHS), group)
     for group_reduce in ("max", "softmax_mean"):
-        assert_scores(query, cache.pages.bounds, table, num_pages, 0.3, group_reduce)
+        assert_scores(query, cache.pages.summary, table, num_pages, 0.3, group_reduce)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kernels.by_device import reference, triton
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, on_device
-from vllm_quest.kernels import reference, triton
-from vllm_quest.kernels.triton.workspace import score_scratch
-from vllm_quest.layout import PageBounds
+from vllm_quest.kernels.bounds import PageBounds
+from vllm_quest.kernels.triton.workspace import Workspace
+from vllm_quest.scorers.minmax.triton.score import score_scratch
 
 # The interpreter computes masked lanes too, and numpy warns of what it finds there.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -29,8 +30,8 @@ def rows_of(lengths, heads=2, **kwargs):
 
 def query_for(cache, rows, group):
     heads = cache.cache.shape[1] * group
-    query = torch.from_numpy(cache.rng.standard_normal((rows, heads, cache.layout.head_size)))
-    return query.to(cache.layout.dtype)
+    query = torch.from_numpy(cache.rng.standard_normal((rows, heads, cache.layout.block.head_size)))
+    return query.to(cache.layout.block.dtype)
 
 
 def assert_scores(*arguments, **tolerance) -> None:
@@ -57,7 +58,7 @@ def test_scores_are_the_references(dtype, block_size, page_size, head_size, grou
     cache, table, num_pages = rows_of(
         LENGTHS, block_size=block_size, page_size=page_size, head_size=head_size, dtype=dtype
     )
-    assert_scores(query_for(cache, 4, group), cache.pages.bounds, table, num_pages, 0.3, group_reduce)
+    assert_scores(query_for(cache, 4, group), cache.pages.summary, table, num_pages, 0.3, group_reduce)
 
 
 @pytest.mark.parametrize("group_reduce", ["max", "softmax_mean"])
@@ -67,7 +68,7 @@ def test_one_long_row_is_split(group_reduce) -> None:
     )
     query = query_for(cache, 4, 3) * 4
     # 313 pages are five tiles: the long row has several splits of several tiles, the short ones one tile.
-    assert_scores(query, cache.pages.bounds, table, num_pages, 0.25, group_reduce)
+    assert_scores(query, cache.pages.summary, table, num_pages, 0.25, group_reduce)
 
 
 @pytest.mark.parametrize("group_reduce", ["max", "mean", "softmax_mean"])
@@ -77,12 +78,12 @@ def test_persistent_buffers_serve_one_step_after_another(group_reduce) -> None:
     num_pages[1] = 0
     table[1] = 2**30
     query, heads, max_pages = query_for(cache, 3, 4), cache.cache.shape[1], table.shape[1] * 4
-    workspace = triton.Workspace.allocate(
-        score_scratch(3 * heads, 4, max_pages, 64, DEVICE), 3 * heads, DEVICE
+    workspace = Workspace.allocate(
+        score_scratch(3 * heads, 4, max_pages, 64, group_reduce, DEVICE), 3 * heads, DEVICE
     )
     workspace.scratch.fill_(torch.nan)
     out = torch.full((3, heads, max_pages), 7.0, device=DEVICE)
-    arguments = (query, cache.pages.bounds, table, num_pages, 0.3, group_reduce)
+    arguments = (query, cache.pages.summary, table, num_pages, 0.3, group_reduce)
     expected = reference.score_pages(*arguments).nan_to_num(7.0, neginf=7.0)
     for _ in range(2):
         assert triton.score_pages(*on_device(*arguments), out=out, workspace=workspace) is out
@@ -92,15 +93,15 @@ def test_persistent_buffers_serve_one_step_after_another(group_reduce) -> None:
 
 def test_huge_keys_do_not_overflow() -> None:
     cache, table, num_pages = rows_of([63], dtype=torch.float16, page_size=8, head_size=64)
-    cache.pages.bounds.values.mul_(10000)
+    cache.pages.summary.values.mul_(10000)
     query = query_for(cache, 1, 4)
-    assert_scores(query, cache.pages.bounds, table, num_pages, 0.3, "max", rtol=1e-5, atol=1)
+    assert_scores(query, cache.pages.summary, table, num_pages, 0.3, "max", rtol=1e-5, atol=1)
 
 
 def test_what_the_kernel_relies_on_is_checked() -> None:
     cache, table, num_pages = rows_of([63], page_size=8)
     query = query_for(cache, 1, 4)
-    bounds = cache.pages.bounds
+    bounds = cache.pages.summary
     moved = PageBounds(bounds.values.movedim(3, 2), None)
     for arguments, message in [
         ((query, bounds, table, num_pages, 1.0, "sum"), "group_reduce: 'sum'; allowed: max, mean"),
@@ -110,6 +111,6 @@ def test_what_the_kernel_relies_on_is_checked() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             triton.score_pages(*arguments)
-    workspace = triton.Workspace.allocate(1, 1, DEVICE)
+    workspace = Workspace.allocate(1, 1, DEVICE)
     with pytest.raises(ValueError, match="workspace: 1 elements and 1 counters"):
         triton.score_pages(query, bounds, table, num_pages, 1.0, "softmax_mean", workspace=workspace)

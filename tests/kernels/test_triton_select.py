@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.by_device import reference, triton
 from tests.kernels.interpreter import DEVICE, on_device
-from vllm_quest.kernels import reference, triton
-from vllm_quest.kernels.triton.workspace import select_scratch
+from vllm_quest.kernels.triton.workspace import Workspace, select_scratch
 
 
 def scores_of(kind: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_nan_scores_select_pages_of_the_context() -> None:
 
 
 def test_persistent_buffers_serve_one_step_after_another() -> None:
-    workspace = triton.Workspace.allocate(select_scratch(2, 9000, 100), 2, DEVICE)
+    workspace = Workspace.allocate(select_scratch(2, 9000, 100), 2, DEVICE)
     out = torch.full((2, 1, 100), 7, dtype=torch.int32, device=DEVICE)
     for seed, pages in enumerate([[9000, 5], [2100, 9000], [0, 120]]):
         scores, num_pages = scores_of("normal", (2, 1, 9000), seed), torch.tensor(pages, dtype=torch.int32)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kernels.by_device import reference, triton
 from tests.kernels.cache import PagedCache
 from tests.kernels.interpreter import DEVICE, DTYPES, TOLERANCE, on_device
-from tests.kernels.test_triton_store import store
-from vllm_quest.kernels import reference, triton
+from tests.kernels.test_triton_store import store_into
 from vllm_quest.kernels.triton.launch import split_count, split_total
+from vllm_quest.kernels.triton.workspace import Workspace
+from vllm_quest.scorers.minmax.triton.score import score_scratch
 
 HEADS, GROUP, BUDGET, MAX_ROWS = 2, 4, 6, 4
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # lanes masked afterwards
@@ -21,9 +23,9 @@ def test_steps_share_one_workspace(group_reduce) -> None:
         num_kv_heads=HEADS, block_size=16, page_size=8, head_size=64, dtype=DTYPES[0], for_cpu=False
     )
     requests = [cache.new_request() for _ in range(3)]
-    cache.append(store, dict(zip(requests, [130, 9, 62], strict=True)))
+    cache.append(store_into(cache), dict(zip(requests, [130, 9, 62], strict=True)))
     max_pages = 2 * 10
-    workspace = triton.Workspace.for_decode(
+    workspace = Workspace.for_decode(
         max_rows=MAX_ROWS,
         num_heads=HEADS * GROUP,
         num_kv_heads=HEADS,
@@ -31,7 +33,7 @@ def test_steps_share_one_workspace(group_reduce) -> None:
         max_pages=max_pages,
         budget_pages=BUDGET,
         page_size=8,
-        group_reduce=group_reduce,
+        score_elements=score_scratch(MAX_ROWS * HEADS, GROUP, max_pages, 64, group_reduce, DEVICE),
         device=DEVICE,
     )
     page_scores = torch.full((MAX_ROWS, HEADS, max_pages), torch.nan, device=DEVICE)
@@ -39,25 +41,25 @@ def test_steps_share_one_workspace(group_reduce) -> None:
     out = torch.full((MAX_ROWS, HEADS * GROUP, 64), torch.nan, dtype=DTYPES[0], device=DEVICE)
     for rows in ([0, 1, 2], [2, 0], [0, 0, 1, 2]):
         rows = [requests[row] for row in rows]
-        cache.append(store, dict.fromkeys(rows, 1), padding=1)
+        cache.append(store_into(cache), dict.fromkeys(rows, 1), padding=1)
         table, seq_lens, num_pages = cache.rows(rows)
         table = torch.nn.functional.pad(table, (0, 10 - table.shape[1]), value=2**30)
         if len(rows) == MAX_ROWS:  # two query tokens of one request: the earlier sees a token less
             seq_lens[0] -= 1
             num_pages[0] = (seq_lens[0] + 7) // 8
         query = torch.from_numpy(cache.rng.standard_normal((len(rows), HEADS * GROUP, 64))).to(DTYPES[0])
-        key, value, bounds = cache.pages.key, cache.pages.value, cache.pages.bounds
+        pages, bounds = cache.pages.cache, cache.pages.summary
 
         expected_scores = reference.score_pages(query, bounds, table, num_pages, 0.125, group_reduce)
         expected_indices = reference.select_pages(expected_scores, num_pages, BUDGET, 1, 2)
-        expected = reference.attend_pages(query, key, value, table, seq_lens, expected_indices, 8, 0.125)
+        expected = reference.attend_pages(query, pages, table, seq_lens, expected_indices, 8, 0.125)
 
         views = cache.layout.views(cache.cache.to(DEVICE))
         query, table, seq_lens, num_pages = on_device(query, table, seq_lens, num_pages)
         n = len(rows)
         scores = triton.score_pages(
             query,
-            views.bounds,
+            views.summary,
             table,
             num_pages,
             0.125,
@@ -70,8 +72,7 @@ def test_steps_share_one_workspace(group_reduce) -> None:
         )
         actual = triton.attend_pages(
             query,
-            views.key,
-            views.value,
+            views.cache,
             table,
             seq_lens,
             indices,
