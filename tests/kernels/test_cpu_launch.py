@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,12 +12,13 @@ from importlib import import_module
 import pytest
 import torch
 
-from tests.kernels.by_device import cpu
 from tests.kernels.cache import PagedCache
+from vllm_quest.config import QuestConfig
 from vllm_quest.formats.auto.cpu import attend_pages
 from vllm_quest.kernels.bounds import PageBounds
 from vllm_quest.kernels.cpu import select_pages
-from vllm_quest.kernels.operations import Operations, Shapes
+from vllm_quest.kernels.operations import Operations, Rows, Shapes
+from vllm_quest.page import PageLayout
 from vllm_quest.scorers.minmax import cpu as minmax
 
 MODULES = [
@@ -43,37 +45,49 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("reduce", "threshold", "formats"),
+    ("reduce", "threshold", "entries"),
     [
         ("max", None, {}),
         ("softmax_mean", 6.0, {"bounds_dtype": "int8"}),
         ("max", None, {"kv_dtype": "int4", "bounds_dtype": "int8"}),
     ],
 )
-def test_warm_up_compiles_everything(reduce, threshold, formats) -> None:
-    cache = PagedCache(
-        num_kv_heads=1, block_size=64, page_size=32, head_size=80, dtype=torch.float16, **formats
-    )
-    config = replace(cache.config, group_reduce=reduce, value_threshold=threshold)
-    Operations(cache.layout, config, "cpu", Shapes(16, 1, 3, 4, False, torch.device("cpu")))
+def test_warm_up_compiles_everything(reduce, threshold, entries) -> None:
+    shape = {"num_kv_heads": 1, "block_size": 64, "page_size": 32, "head_size": 80}
+    cache = PagedCache("cpu", dtype=torch.float16, **shape, **entries)
+    config = replace(cache.config, group_reduce=reduce, value_threshold=threshold, token_budget=96)
+    shapes = Shapes(16, 1, 3, 4, False, torch.device("cpu"))
+    operations = Operations(cache.layout, config, "cpu", shapes)
     kernels = [factory.cache_info().misses for factory in FACTORIES]
     requests = [cache.new_request() for _ in range(3)]
-    compiled = count_compilations(lambda: decode(cache, requests, reduce, threshold))
+    compiled = count_compilations(lambda: decode(cache, operations, requests))
     assert [factory.cache_info().misses for factory in FACTORIES] == kernels
     assert compiled == 0
 
 
-def decode(cache: PagedCache, requests: list[int], reduce: str, threshold: float | None) -> None:
-    cache.append(cpu.store, dict.fromkeys(requests, 77), padding=3)
-    table, seq_lens, num_pages = cache.rows(requests)
-    query, views = torch.randn(3, 16, 80).half(), cache.pages
-    scores = cpu.score_pages(query, views.summary, table, num_pages, 0.1, reduce)
-    pages = cpu.select_pages(scores, num_pages, 3, 1, 2)
-    for indices in (pages, None):
-        cpu.attend_pages(query, views.cache, table, seq_lens, indices, 32, 0.1, value_threshold=threshold)
+def decode(cache: PagedCache, operations: Operations, requests: list[int]) -> None:
+    def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        operations.store(key, value, cache.pages, slots)
+
+    cache.append(dict.fromkeys(requests, 127), padding=3, store=store)
+    rows, query = Rows(*cache.rows(requests)), cache.random(3, 16)
+    scores = operations.score_pages(query, cache.pages, rows, 0.1)
+    for page_indices in (operations.select_pages(scores, rows), None):
+        operations.attend_pages(query, cache.pages, rows, page_indices, 0.1)
     if not cache.layout.format.is_dense:
         key, value = torch.empty(1, 1, 80, 64).half().mT, torch.empty(1, 1, 64, 80).half()
-        cpu.dequantize_blocks(views.cache, table[0, :1], seq_lens[:1].clamp(max=64), key, value)
+        num_tokens = rows.seq_lens[:1].clamp(max=64)
+        operations.dequantize_blocks(cache.pages, rows.block_table[0, :1], num_tokens, key, value)
+
+
+def test_warm_up_without_a_budget_selects_nothing() -> None:
+    """Every layer reads everything then; the list of all pages would take gigabytes."""
+    config = QuestConfig(token_budget=None)
+    layout = PageLayout.configured(config, 32, 32, torch.float32, for_cpu=True)
+    shapes = Shapes(6, 2, 3, 4, True, torch.device("cpu"))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Operations(layout, config, "cpu", shapes)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most + 2**20  # KiB
 
 
 def count_compilations(run) -> int:
@@ -87,7 +101,7 @@ def count_compilations(run) -> int:
 @pytest.fixture
 def arguments() -> dict[str, tuple]:
     """Valid arguments of each operation, none of which is compiled before they are checked."""
-    cache = PagedCache(num_blocks=2)
+    cache = PagedCache("cpu", num_blocks=2)
     views = cache.pages
     key = torch.zeros(1, 2, 32)
     query = torch.zeros(1, 4, 32)
@@ -134,9 +148,9 @@ def test_wrong_arguments_are_named(arguments, operation, position, wrong, name) 
 
 BOUND = """
 import os
+import resource
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
-from tests.kernels.by_device import cpu
 from vllm_quest.kernels.cpu.launch import use_torch_threads
 assert use_torch_threads() == torch.get_num_threads() == 2
 """
