@@ -160,7 +160,11 @@ class PageLayout:
             )
         parts = {name: self._cut(kv_cache, name) for name in self._places}
         cache = self.format.cache(parts, self.block)
-        return Pages(cache, self.scorer.summary(parts, cache), parts["kv"] if self.format.is_dense else None)
+        return Pages(
+            cache,
+            self.scorer.summary(parts, cache, self.block),
+            parts["kv"] if self.format.is_dense else None,
+        )
 
     def _cut(self, kv_cache: torch.Tensor, name: str) -> torch.Tensor:
         """One part of every run: ``[B, H, *shape]``."""

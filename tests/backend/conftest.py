@@ -14,6 +14,9 @@ def start_up_lines() -> Iterator[list[str]]:
     lines: list[str] = []
     logger, handler = logging.getLogger("vllm.plugins.quest"), logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
+    logger.setLevel(level)

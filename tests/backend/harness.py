@@ -77,7 +77,9 @@ def vllm_config(quest: dict, layers: dict, speculated: int = 0) -> SimpleNamespa
         model_config=model,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         cache_config=SimpleNamespace(cache_dtype="auto", user_specified_block_size=False),
-        scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQUESTS),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=MAX_REQUESTS, enable_chunked_prefill=False, long_prefill_token_threshold=0
+        ),
         compilation_config=SimpleNamespace(static_forward_context=layers, max_cudagraph_capture_size=0),
         speculative_config=SimpleNamespace(num_speculative_tokens=speculated, parallel_drafting=False)
         if speculated

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm_quest.kernels.reference_int4 import LARGEST
 
-from tests.kernels.cache import PagedCache
+from tests.kernels.conformance import new_cache
 from tests.kernels.int4_cache import (
-    BLOCK,
     DIM,
+    EVERY_DEVICE,
     EVERY_FORMAT,
-    EVERY_IMPLEMENTATION,
+    GROUP,
     HEADS,
-    new_cache,
+    attended,
     stored,
     write,
 )
+from vllm_quest.formats.int4.reference import LARGEST
 
 EXTREMES = {
     "zeros": torch.zeros(()),
@@ -31,26 +31,27 @@ EXTREMES = {
 
 
 @EVERY_FORMAT
-@EVERY_IMPLEMENTATION
+@EVERY_DEVICE
 @pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "one outlier"])
 @pytest.mark.parametrize("extreme", EXTREMES)
-def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
+def test_extreme_inputs(device, entries, extreme, everywhere) -> None:
     """Whatever is stored reads back finite; what is beyond 2^126, as that.
 
     One outlier costs its own page and head their precision, and no other.
     """
+    size = entries["page_size"]
     key = torch.randn(19, HEADS, DIM, generator=torch.Generator().manual_seed(4))
     if everywhere:
         key[:] = EXTREMES[extreme]
     else:
         key[11, 1, 3] = EXTREMES[extreme]
-    cache = new_cache(format)
-    write(ops, cache.pages, key, [9, 1, 1, 8])
+    cache = new_cache(device, entries)
+    write(cache, key, [9, 1, 1, 8])
     expected = key.clamp(-LARGEST, LARGEST)
-    page = 11 // format[0]
+    page = 11 // size
     apart = torch.ones(19, HEADS, dtype=torch.bool)
-    apart[page * format[0] : (page + 1) * format[0], 1] = False
-    for part in stored(cache.pages, 19):
+    apart[page * size : (page + 1) * size, 1] = False
+    for part in stored(cache, 19):
         assert part.isfinite().all()
         if everywhere:
             torch.testing.assert_close(part, expected, rtol=2**-7, atol=1e-37)
@@ -58,39 +59,29 @@ def test_extreme_inputs(format, ops, extreme, everywhere) -> None:
             torch.testing.assert_close(part[11, 1, 3], expected[11, 1, 3], rtol=2**-7, atol=0.3)
             torch.testing.assert_close(part[apart], expected[apart], rtol=0, atol=0.5)
     # A query so small that its products are finite; sums over several of the largest numbers never are.
-    query = 1e-38 * torch.randn(1, 2 * HEADS, DIM, generator=torch.Generator().manual_seed(5))
-    table, length = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1 if everywhere else 19]).int()
-    views = cache.pages
-    out = ops.attend_pages(query, views.key, views.value, table, length, None, format[0], 1.0)
-    assert out.isfinite().all()
+    query = 1e-38 * torch.randn(1, GROUP * HEADS, DIM, generator=torch.Generator().manual_seed(5))
+    assert attended(cache, query, 1 if everywhere else 19, 1.0).isfinite().all()
 
 
 @EVERY_FORMAT
-@EVERY_IMPLEMENTATION
+@EVERY_DEVICE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_what_is_finite_stays_finite(format, ops, dtype) -> None:
+def test_what_is_finite_stays_finite(device, entries, dtype) -> None:
     """Up to the largest numbers of both signs: bounds and zero points are rounded beyond those of float16."""
     largest, tokens = torch.finfo(dtype).max, 19
     generator = torch.Generator().manual_seed(9)
     key = ((2 * torch.rand(tokens, HEADS, DIM, generator=generator) - 1) * largest).to(dtype)
     key[:, :, ::5], key[:, :, 1::5] = largest, -largest
     key[11] = -largest
-    cache = new_cache(format, dtype=dtype)
-    views = cache.pages
-    write(ops, views, key, [9, 1, 1, 8])
-    out = PagedCache(
-        num_blocks=1, num_kv_heads=HEADS, block_size=BLOCK, page_size=8, head_size=DIM, dtype=dtype
-    ).pages
+    cache = new_cache(device, entries | {"dtype": dtype})
+    write(cache, key, [9, 1, 1, 8])
     blocks, wanted = torch.zeros(1, dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
-    ops.dequantize_blocks(views.key, views.value, blocks, wanted, out.key, out.value)
     expected = key.float().clamp(-LARGEST, LARGEST)
-    for part in (out.key, out.value):
+    for part in cache.kernels.dequantize_blocks(blocks, wanted):
         read = part[0, :, :tokens].transpose(0, 1).float()
         assert read.isfinite().all()
         assert ((read - expected).abs() <= 0.55 * 2 * expected.abs().max() / 15).all()
     # One token's V is what is read; sums over several of float32's largest numbers never are finite.
-    query = torch.zeros(1, HEADS, DIM, dtype=dtype)
+    query = torch.zeros(1, GROUP * HEADS, DIM, dtype=dtype)
     for length in (1, tokens) if dtype == torch.float16 else (1,):
-        table, seq_lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
-        read = ops.attend_pages(query, views.key, views.value, table, seq_lens, None, format[0], 1.0)
-        assert read.isfinite().all()
+        assert attended(cache, query, length, 1.0).isfinite().all()

@@ -1,4 +1,4 @@
-"""Compiled kernels, executed instruction by instruction on a CPU, against the reference; see `tools.ptx`.
+"""Compiled kernels, executed instruction by instruction on a CPU, against the reference; see `tests.ptx`.
 
 The interpreter of `test_triton_*.py` runs the source; what the compiler makes of it is executed here.
 """
@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import TOLERANCE
-from tests.kernels.test_triton_score import CLOSE
-from tests.tools.ptx_child import run
+from tests.ptx.child import run
 
+# Scores are float32 sums of products of 16-bit numbers, in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-4}
 HALF = {"dtype": torch.bfloat16, "page_size": 16, "head_size": 128, "num_kv_heads": 1}
 HALF_SMALL = {"dtype": torch.float16, "page_size": 8, "head_size": 64, "num_kv_heads": 2}
-INT4 = {**HALF, "kv_dtype": "int4", "metadata_dtype": "int8", "value_groups": 4}
-INT4_SMALL = {**HALF_SMALL, "kv_dtype": "int4", "metadata_dtype": "int8", "value_groups": 1}
+INT4 = {**HALF, "kv_dtype": "int4", "bounds_dtype": "int8", "value_group_size": 32}
+INT4_SMALL = {**HALF_SMALL, "kv_dtype": "int4", "bounds_dtype": "int8", "value_group_size": None}
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_store_of_4_bit_pages(compiled, spread) -> None:
 
 
 def test_store_in_16_bits(compiled) -> None:
-    for actual, expected in compiled("store", {**HALF_SMALL, "metadata_dtype": "int8"}):
+    for actual, expected in compiled("store", {**HALF_SMALL, "bounds_dtype": "int8"}):
         assert torch.equal(actual, expected)
 
 
@@ -55,7 +56,7 @@ def test_dequantized_blocks(compiled) -> None:
 
 @pytest.mark.parametrize(
     ("formats", "group_reduce"),
-    [(HALF, "max"), ({**HALF_SMALL, "metadata_dtype": "int8"}, "softmax_mean")],
+    [(HALF, "max"), ({**HALF_SMALL, "bounds_dtype": "int8"}, "softmax_mean")],
     ids=["bounds in 16 bits", "bounds in 8 bits"],
 )
 def test_scores(compiled, formats, group_reduce) -> None:

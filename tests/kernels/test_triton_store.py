@@ -1,114 +1,35 @@
-"""The Triton store against the reference, to the bit: chunks, reused blocks, padding, rejected drafts."""
+"""What the Triton store takes and what it refuses."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from vllm_quest.layout import PageBounds, PageLayout
 
 from tests.kernels.cache import PagedCache
-from tests.kernels.interpreter import DEVICE, DTYPES, on_device
-from tests.kernels.test_operations import STEPS, assert_bounds, run_steps
-from vllm_quest.kernels import reference, triton
-
-
-def whole(key_cache: torch.Tensor, bounds: PageBounds) -> tuple[torch.Tensor, PageLayout]:
-    """The cache ``[B, H, N, C]`` that the two are views of, and its layout."""
-    blocks, heads, size, head_size = key_cache.shape
-    layout = PageLayout(size, size // bounds.values.shape[2], head_size, False, key_cache.dtype)
-    content = key_cache.stride(1) // size
-    return key_cache.as_strided((blocks, heads, size, content), (*key_cache.stride()[:2], content, 1)), layout
-
-
-def store(key, value, key_cache, value_cache, bounds, slot_mapping) -> None:
-    """`triton.store` for a `PagedCache`, whose memory is on the CPU; the reference must agree to the bit."""
-    cache, layout = whole(key_cache, bounds)
-    expected, written = cache.clone(), cache.to(DEVICE)
-    views = layout.views(expected)
-    reference.store(key, value, views.key, views.value, views.bounds, slot_mapping)
-    views = layout.views(written)
-    triton.store(*on_device(key, value), views.key, views.value, views.bounds, slot_mapping.to(DEVICE))
-    cache.copy_(written)
-    torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def new_cache(**kwargs) -> PagedCache:
-    return PagedCache(for_cpu=False, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "block_size", "page_size", "head_size"),
-    [(DTYPES[-1], 16, 16, 64), (DTYPES[0], 32, 8, 96), (DTYPES[1], 64, 32, 128), (DTYPES[0], 64, 64, 256)],
-)
-def test_chunked_prefill_then_decode(dtype, block_size, page_size, head_size) -> None:
-    cache = new_cache(
-        num_blocks=60, block_size=block_size, page_size=page_size, head_size=head_size, dtype=dtype
-    )
-    first, second, third = (cache.new_request() for _ in range(3))
-    cache.append(store, {first: 577, second: 17}, padding=3)  # a program per page
-    cache.append(store, {first: 1, second: 63, third: 5})  # a program per token; chunks begin inside a page
-    cache.append(store, {first: 1, second: 1, third: 1}, padding=2)
-    assert_bounds(cache)
-
-
-def test_reused_block_forgets_its_owner() -> None:
-    cache = new_cache(num_blocks=2, block_size=16, page_size=8)
-    old = cache.new_request()
-    cache.append(store, {old: 32})
-    cache.cache[:] *= 1000
-    cache.finish(old)
-    new = cache.new_request()
-    cache.append(store, {new: 3})
-    cache.append(store, {new: 6})
-    assert_bounds(cache)
-
-
-def test_rejected_draft_leaves_no_trace() -> None:
-    cache = new_cache(block_size=16, page_size=16)
-    request = cache.new_request()
-    cache.append(store, {request: 5})
-    cache.append(store, {request: 4}, key=torch.full((4, 2, 32), 1000.0))
-    context = cache.requests[request]
-    del context.keys[6:], context.values[6:]  # the first draft token was accepted
-    cache.append(store, {request: 2})
-    assert_bounds(cache)
-    assert cache.pages.bounds.values[context.blocks[0], :, 0, 1].amax() == 1000
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(steps=STEPS)
-def test_any_schedule(steps) -> None:
-    cache = new_cache(num_kv_heads=1, page_size=8, head_size=16)
-    run_steps(cache, store, steps)
-    assert_bounds(cache)
+from tests.kernels.conformance import EXACT, new_cache
+from tests.kernels.interpreter import DEVICE, DTYPES
+from vllm_quest.config import QuestConfig
+from vllm_quest.page import PageLayout
+from vllm_quest.scorers.minmax.triton import store
 
 
 def test_strides_of_blocks_and_heads_are_free() -> None:
-    layout = PageLayout(16, 8, 32, False, DTYPES[0])
+    layout = PageLayout.configured(QuestConfig(**EXACT), 16, 32, DTYPES[0], for_cpu=False)
     shape = (3, 5, 16, layout.content_size)  # heads before blocks
     cache = torch.full(shape, torch.nan, device=DEVICE, dtype=DTYPES[0])
-    views = layout.views(cache.transpose(0, 1))
+    pages = layout.views(cache.transpose(0, 1))
     qkv = torch.randn(9, 3, 5, 32, device=DEVICE).to(DTYPES[0])  # keys and values as slices of one projection
     key, value = qkv[:, 1, :3], qkv[:, 2, :3]
-    slots = torch.arange(21, 30, device=DEVICE)
-    triton.store(key, value, views.key, views.value, views.bounds, slots)
-    torch.testing.assert_close(views.key[1, :, 5:14], key.transpose(0, 1), rtol=0, atol=0)
-    torch.testing.assert_close(views.value[1, :, 5:14], value.transpose(0, 1), rtol=0, atol=0)
-    torch.testing.assert_close(views.bounds.values[1, :, 1, 1], key[3:].amax(0), rtol=0, atol=0)
-
-
-def test_no_tokens_and_only_padding_write_nothing() -> None:
-    cache = new_cache()
-    cache.append(store, {}, padding=0)
-    cache.append(store, {}, padding=5)
-    assert cache.cache.isnan().all()
+    store(key, value, pages.cache, pages.summary, torch.arange(21, 30, device=DEVICE))
+    torch.testing.assert_close(pages.cache.key[1, :, 5:14], key.transpose(0, 1), rtol=0, atol=0)
+    torch.testing.assert_close(pages.cache.value[1, :, 5:14], value.transpose(0, 1), rtol=0, atol=0)
+    torch.testing.assert_close(pages.summary.values[1, :, 1, 1], key[3:].amax(0), rtol=0, atol=0)
 
 
 def test_what_the_kernel_relies_on_is_checked() -> None:
-    cache = PagedCache(for_cpu=True)
+    channel_major, cache = PagedCache("cpu").pages, new_cache("triton", EXACT | {"dtype": torch.float16})
+    key, slots = torch.zeros(1, 2, 32), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="key_cache, value_cache: strides"):
-        cache.append(triton.store, {cache.new_request(): 1})
-    cache = new_cache(dtype=torch.float16)
+        store(key, key, channel_major.cache, channel_major.summary, slots)
     with pytest.raises(ValueError, match=r"key, value: torch\.float32"):
-        cache.append(triton.store, {cache.new_request(): 1}, key=torch.zeros(1, 2, 32))
+        store(key, key, cache.pages.cache, cache.pages.summary, slots)

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from unittest import mock
 
 import torch
 
 from tests.kernels.cache import PagedCache
 from tools.ptx.launch import execute
-from vllm_quest.kernels import reference, triton
-from vllm_quest.kernels.triton import store_int4
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 BLOCK_SIZE = 64
@@ -20,7 +19,9 @@ LENGTHS = [209, 1, 17]  # where rows read every page, the first one has two spli
 
 
 def new_cache(formats: dict) -> PagedCache:
-    return PagedCache(num_blocks=12, block_size=BLOCK_SIZE, for_cpu=False, **formats)
+    cache = PagedCache("triton", num_blocks=12, block_size=BLOCK_SIZE, **formats)
+    cache.kernels.where = torch.device("cpu")  # where PTX is executed, also beside a GPU
+    return cache
 
 
 def kernel_of(operation: str, formats: dict) -> str:
@@ -31,33 +32,32 @@ def rows_of(cache: PagedCache, group: int) -> tuple[torch.Tensor, ...]:
     """A query, and the rows of LENGTHS: block_table, seq_lens, num_pages. Their pages go on after a step."""
     requests = [cache.new_request() for _ in LENGTHS]
     halves = {request: length // 2 for request, length in zip(requests, LENGTHS, strict=True)}
-    cache.append(reference.store, halves, padding=2)
-    cache.append(reference.store, {r: n - halves[r] for r, n in zip(requests, LENGTHS, strict=True)})
-    shape = (len(LENGTHS), cache.cache.shape[1] * group, cache.layout.head_size)
-    query = torch.from_numpy(cache.rng.standard_normal(shape)).to(cache.layout.dtype)
-    return query, *cache.rows(requests)
+    cache.append(halves, padding=2, store=cache.reference.store)
+    rest = {request: length - halves[request] for request, length in zip(requests, LENGTHS, strict=True)}
+    cache.append(rest, store=cache.reference.store)
+    return cache.random(len(LENGTHS), group), *cache.rows(requests)
 
 
 def store(formats: dict, spread: int = 512) -> list[Pair]:
     """The bytes that each of three steps writes; 4-bit pages by programs of one token, up to `spread`."""
     cache, found = new_cache(formats), []
 
-    def store(key, value, key_cache, value_cache, bounds, slot_mapping) -> None:
-        before, expected = cache.cache.clone(), cache.cache.clone()
-        views = cache.layout.views(expected)
-        reference.store(key, value, views.key, views.value, views.bounds, slot_mapping)
-        arguments = (key, value, key_cache, value_cache, bounds, slot_mapping)
-        execute(kernel_of("store", formats), lambda: triton.store(*arguments))
+    def store(key, value, slots) -> None:
+        before = cache.cache.clone()
+        cache.reference.store(key, value, slots)
+        expected = cache.cache.clone()
+        cache.cache.copy_(before)
+        execute(kernel_of("store", formats), lambda: cache.kernels.store(key, value, slots))
         before, expected, actual = (part.view(torch.uint8) for part in (before, expected, cache.cache))
         written = (actual != before) | (expected != before)
         found.append((actual[written], expected[written]))
 
     first, second = cache.new_request(), cache.new_request()
-    with mock.patch.object(store_int4, "SPREAD_TOKENS", spread):
-        cache.append(store, {first: 21, second: 5}, padding=1)
-        cache.append(store, {first: 1, second: 14})  # the pages go on, one of them into the next
+    with mock.patch.object(import_module("vllm_quest.formats.int4.triton.store"), "SPREAD_TOKENS", spread):
+        cache.append({first: 21, second: 5}, padding=1, store=store)
+        cache.append({first: 1, second: 14}, store=store)  # the pages go on, one of them into the next
         cache.reject(second, 3)
-        cache.append(store, {second: 2, first: 1})
+        cache.append({second: 2, first: 1}, store=store)
     return found
 
 
@@ -65,18 +65,19 @@ def score(formats: dict, group: int, group_reduce: str) -> Pair:
     """Page scores as an A100 computes them (an H100 uses `wgmma`); -inf behind a row's pages."""
     cache = new_cache(formats)
     query, table, _, num_pages = rows_of(cache, group)
-    arguments = (query, cache.pages.bounds, table, num_pages, 0.3, group_reduce)
-    expected = reference.score_pages(*arguments)
+    arguments = (query, table, num_pages, 0.3, group_reduce)
+    expected = cache.reference.score_pages(*arguments)
     actual = torch.full_like(expected, -torch.inf)
-    execute("score", lambda: triton.score_pages(*arguments, out=actual), target="sm_80")
+    execute("score", lambda: cache.kernels.score_pages(*arguments, out=actual), target="sm_80")
     return actual, expected
 
 
 def select(scores: torch.Tensor, num_pages: list[int], budget: int) -> Pair:
+    cache = new_cache({})
     arguments = (scores, torch.tensor(num_pages, dtype=torch.int32), budget, 1, 2)
-    expected = reference.select_pages(*arguments)
+    expected = cache.reference.select_pages(*arguments)
     actual = torch.full_like(expected, -7)
-    execute("select", lambda: triton.select_pages(*arguments, out=actual))
+    execute("select", lambda: cache.kernels.select_pages(*arguments, out=actual))
     return actual, expected
 
 
@@ -84,28 +85,25 @@ def attend(formats: dict, group: int, budget: int | None) -> Pair:
     """Attention over pages selected by their scores, or over all of them."""
     cache = new_cache(formats)
     query, table, seq_lens, num_pages = rows_of(cache, group)
-    pages, page_size, scale = cache.pages, cache.layout.page_size, cache.layout.head_size**-0.5
-    indices = None
+    scale, indices = cache.layout.block.head_size**-0.5, None
     if budget is not None:
-        scores = reference.score_pages(query, pages.bounds, table, num_pages, scale, "max")
-        indices = reference.select_pages(scores, num_pages, budget, 1, 2)
-    arguments = (query, pages.key, pages.value, table, seq_lens, indices, page_size, scale)
+        scores = cache.reference.score_pages(query, table, num_pages, scale)
+        indices = cache.reference.select_pages(scores, num_pages, budget, 1, 2)
+    arguments = (query, table, seq_lens, indices, scale)
     actual = torch.full_like(query, torch.nan)
-    execute(kernel_of("attend", formats), lambda: triton.attend_pages(*arguments, out=actual))
-    return actual, reference.attend_pages(*arguments)
+    execute(kernel_of("attend", formats), lambda: cache.kernels.attend_pages(*arguments, out=actual))
+    return actual, cache.reference.attend_pages(*arguments)
 
 
 def dequantize(formats: dict) -> Pair:
     """A whole block, one whose last page has a residual, and one of which nothing is wanted."""
     cache = new_cache(formats)
     request = cache.new_request()
-    cache.append(reference.store, {request: 100})
-    cache.append(reference.store, {request: 5})
+    for tokens in (100, 5):
+        cache.append({request: tokens}, store=cache.reference.store)
     blocks = torch.tensor([*cache.requests[request].blocks, 0], dtype=torch.int32)
     wanted = torch.tensor([BLOCK_SIZE, 105 - BLOCK_SIZE, 0], dtype=torch.int32)
-    shape = (len(blocks), cache.cache.shape[1], BLOCK_SIZE, 2 * cache.layout.head_size)
-    actual, expected = (torch.full(shape, torch.nan, dtype=cache.layout.dtype) for _ in range(2))
-    arguments = (cache.pages.key, cache.pages.value, blocks, wanted)
-    execute("dequantize", lambda: triton.dequantize_blocks(*arguments, *actual.chunk(2, -1)))
-    reference.dequantize_blocks(*arguments, *expected.chunk(2, -1))
-    return actual, expected
+    found = []
+    execute("dequantize", lambda: found.append(cache.kernels.dequantize_blocks(blocks, wanted)))
+    expected = cache.reference.dequantize_blocks(blocks, wanted)
+    return torch.cat(found[0], -1), torch.cat(expected, -1)

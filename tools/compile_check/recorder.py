@@ -23,6 +23,15 @@ from triton.runtime.jit import create_function_from_signature
 __all__ = ["KIB", "TARGETS", "Recorder", "Target", "recording"]
 
 KIB = 1024
+MODULES = {
+    "attend": "vllm_quest.formats.auto.triton",
+    "attend_int4": "vllm_quest.formats.int4.triton.attend",
+    "dequantize": "vllm_quest.formats.int4.triton.dequantize",
+    "store_int4": "vllm_quest.formats.int4.triton.store",
+    "score": "vllm_quest.scorers.minmax.triton.score",
+    "store": "vllm_quest.scorers.minmax.triton.store",
+    "select": "vllm_quest.kernels.triton.select",
+}
 
 
 @dataclass(frozen=True)
@@ -38,18 +47,6 @@ TARGETS = {
     "sm_90": Target(GPUTarget("cuda", 90, 32), "hopper", 227 * KIB),
     "sm_100": Target(GPUTarget("cuda", 100, 32), "blackwell", 227 * KIB),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "cdna", 64 * KIB),
-}
-
-
-# Where the kernel ``_NAME_kernel`` is defined.
-MODULES = {
-    "store": "vllm_quest.scorers.minmax.triton.store",
-    "score": "vllm_quest.scorers.minmax.triton.score",
-    "select": "vllm_quest.kernels.triton.select",
-    "attend": "vllm_quest.formats.auto.triton",
-    "store_int4": "vllm_quest.formats.int4.triton.store",
-    "attend_int4": "vllm_quest.formats.int4.triton.attend",
-    "dequantize": "vllm_quest.formats.int4.triton.dequantize",
 }
 
 

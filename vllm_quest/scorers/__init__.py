@@ -42,7 +42,7 @@ class PageScorer(Protocol):
     def parts(self, block: Block, kv_format: KVFormat) -> dict[str, Part]:
         """What it keeps in a (block, KV head) run: per page, or per token. Nothing where it borrows."""
 
-    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any) -> Any:
+    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block) -> Any:
         """Views of a layer's parts, ``[B, H, *shape]`` each, or of what the format's `cache` lends."""
 
     def page_bytes(self, block: Block, kv_format: KVFormat) -> int:

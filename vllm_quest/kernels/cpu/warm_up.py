@@ -44,8 +44,10 @@ def prepare(
     one = torch.ones(1, dtype=torch.int32)
     rows = Rows(block_table=torch.zeros(1, 1, dtype=torch.int32), seq_lens=one, num_pages=one)
     operations.store(key, key, pages, torch.zeros(1, dtype=torch.int64))
-    scores = operations.score_pages(query, pages, rows, 1.0)
-    operations.attend_pages(query, pages, rows, operations.select_pages(scores, rows), 1.0)
+    page_indices = None
+    if config.token_budget is not None:  # without a budget every layer reads everything
+        page_indices = operations.select_pages(operations.score_pages(query, pages, rows, 1.0), rows)
+    operations.attend_pages(query, pages, rows, page_indices, 1.0)
     if not layout.format.is_dense:
         out = torch.zeros(1, heads, block.block_size, 2 * block.head_size, dtype=block.dtype)
         operations.dequantize_blocks(pages, torch.zeros_like(one), one, *block.split(out))
