@@ -34,11 +34,10 @@ def test_the_cache_holds_what_the_format_would(model, prose, name) -> None:
             change = (ROUNDINGS[name](written) - written).abs().flatten(1).amax(1)
             assert (change < 1e-4).sum() >= 3  # the request's, of 276 tokens in blocks of 128
             assert not before.equal(after)
-    # The first layer's keys and values do not depend on attention; how the later ones differ shows it.
-    is_exact = SIMULATED[name].is_dense is False
-    first = dense[1][0]
-    drift = (simulated[1][0] - first).abs().mean() / (ROUNDINGS[name](first) - first).abs().mean()
-    assert drift < 1.5 if is_exact else drift > 1.5
+    # The last layer's keys follow from everything that prompts have read.
+    exact, written = ROUNDINGS[name](dense[-1][0]), simulated[-1][0]
+    same = ((written - exact).abs().amax((1, 3)) < 1e-3) & written.abs().amax((1, 3)).gt(0)  # [B, N]
+    assert same.sum() >= 256 if not SIMULATED[name].is_dense else same.sum() < 26
 
 
 def scored(model, config: QuestConfig, context, question) -> list[tuple]:

@@ -23,6 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 __all__ = ["KIB", "TARGETS", "Recorder", "Target", "recording"]
 
 KIB = 1024
+# Where the kernel ``_NAME_kernel`` is defined.
 MODULES = {
     "attend": "vllm_quest.formats.auto.triton",
     "attend_int4": "vllm_quest.formats.int4.triton.attend",
