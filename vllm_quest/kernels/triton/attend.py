@@ -46,12 +46,12 @@ EVERY_ROW = 2**31 - 1  # a `min_context` that no context reaches
 
 @triton.jit(do_not_specialize=["splits", "sparse_context"])
 def _attend_kernel(
+    out,
+    scratch,
     query,
     cache,
     contexts,
     selection,
-    out,
-    scratch,
     scale_log2,
     least_weight,
     splits,
@@ -220,12 +220,12 @@ def attend_pages(
         workspace = Workspace.allocate(needed, pairs, query.device)
     workspace.check(needed, pairs)
     attention.kernel[(splits, num_kv_heads, rows)](
+        PerHead.of(out),
+        Scratch(workspace.scratch, workspace.arrivals),
         PerHead.of(query),
         attention.cache,
         Contexts.of(block_table, seq_lens),
         Selection.of(page_indices),
-        PerHead.of(out),
-        Scratch(workspace.scratch, workspace.arrivals),
         scale * LOG2E,
         None if value_threshold is None else math.exp(-value_threshold),
         splits,

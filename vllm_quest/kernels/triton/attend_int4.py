@@ -62,12 +62,12 @@ def _join_pages(acc, peak, norm, HEADS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits", "sparse_context"])
 def _attend_int4_kernel(
+    out,
+    scratch,
     query,
     cache,
     contexts,
     selection,
-    out,
-    scratch,
     scale_log2,
     least_weight,
     splits,
