@@ -24,12 +24,12 @@ __all__ = ["attend_pages"]
 
 @triton.jit(do_not_specialize=["splits", "sparse_context"])
 def _attend_kernel(
+    out,
+    scratch,
     query,
     cache,
     contexts,
     selection,
-    out,
-    scratch,
     scale_log2,
     least_weight,
     splits,

@@ -97,12 +97,12 @@ def attend(
         workspace = Workspace.allocate(needed, pairs, query.device)
     workspace.check(needed, pairs)
     attention.kernel[(splits, num_kv_heads, rows)](
+        PerHead.of(out),
+        Scratch(workspace.scratch, workspace.arrivals),
         PerHead.of(query),
         attention.cache,
         Contexts.of(block_table, seq_lens),
         Selection.of(page_indices),
-        PerHead.of(out),
-        Scratch(workspace.scratch, workspace.arrivals),
         scale * LOG2E,
         None if value_threshold is None else math.exp(-value_threshold),
         splits,

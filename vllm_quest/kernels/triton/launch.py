@@ -12,14 +12,13 @@ import triton.language as tl
 
 from vllm_quest.formats.int4 import Int4Keys, Int4Values
 from vllm_quest.kernels.bounds import PageBounds
-from vllm_quest.kernels.triton.structs import DOT_ROWS, Bounds, Int4Pages, Int4Shape
+from vllm_quest.kernels.triton.structs import DOT_ROWS, Int4Pages, Int4Shape
 
 __all__ = [
     "CHUNK",
     "SPLIT_TOKENS",
     "Choice",
     "Int4Parts",
-    "bounds_of",
     "check_bounds",
     "check_cache",
     "check_group",
@@ -180,13 +179,6 @@ def check_bounds(bounds: PageBounds, head_size: int) -> None:
         )
 
 
-def bounds_of(bounds: PageBounds) -> Bounds:
-    """Bounds as the kernels are given them."""
-    values, params = bounds
-    like = values if params is None else params
-    return Bounds(values, params, *values.stride()[:2], *like.stride()[:2])
-
-
 def check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor, page_size: int) -> None:
     """ValueError where K and V do not lie as a token-major `PageLayout` puts them."""
     block_size = key_cache.shape[2]
@@ -239,12 +231,16 @@ class Int4Parts(NamedTuple):
     def words(self) -> Int4Pages:
         """As attention is given them: two channels at a time, but for bounds that are no codes."""
         pair = torch.uint16
-        return self.pages._replace(
-            key_codes=self.key.view(pair),
-            key_residual=self.key_residual.view(pair),
-            value_codes=self.value.view(pair),
-            value_residual=self.value_residual.view(pair),
-            bounds=self.bounds.view(torch.int32 if self.bound_params is None else pair),
+        return Int4Pages(
+            self.key.view(pair),
+            self.key_residual.view(pair),
+            self.value.view(pair),
+            self.value_params,
+            self.value_residual.view(pair),
+            self.bounds.view(torch.int32 if self.bound_params is None else pair),
+            self.bound_params,
+            self.stride_block,
+            self.stride_kv_head,
         )
 
     @classmethod

@@ -82,7 +82,7 @@ class Selection(NamedTuple):
 
     @classmethod
     def of(cls, page_indices: torch.Tensor) -> "Selection":
-        return cls(*PerHead.of(page_indices), page_indices.shape[2])
+        return cls(page_indices, page_indices.stride(0), page_indices.stride(1), page_indices.shape[2])
 
 
 class Budget(NamedTuple):
@@ -166,6 +166,13 @@ class Bounds(NamedTuple):
     stride_kv_head: Number
     stride_params: Number
     stride_params_head: Number
+
+    @classmethod
+    def of(cls, values: torch.Tensor, params: torch.Tensor | None, unit: int = 1) -> "Bounds":
+        """The strides of the values count `unit` elements."""
+        like = values if params is None else params
+        block, head = values.stride()[:2]
+        return cls(values, params, block // unit, head // unit, like.stride(0), like.stride(1))
 
 
 class Int4Pages(NamedTuple):

@@ -57,12 +57,12 @@ def _join_pages(acc, peak, norm, HEADS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits", "sparse_context"])
 def _attend_int4_kernel(
+    out,
+    scratch,
     query,
     cache,
     contexts,
     selection,
-    out,
-    scratch,
     scale_log2,
     least_weight,
     splits,
@@ -110,12 +110,13 @@ def _attend_int4_kernel(
 
     slot = tl.arange(0, M)
     head = slot % HEADS
-    inside = (head < GROUP)[:, None] & (channel < HEAD_SIZE)
     q = query.data + row * query.stride_row + kv_head * GROUP * query.stride_head
+    inside = (head < GROUP)[:, None] & (channel < HEAD_SIZE)
     q = tl.load(q + head[:, None] * query.stride_head + channel, mask=inside, other=0.0).to(tl.float32)
     q_scale = power_of_two(tl.max(tl.abs(q), 1)) / QUERY_SCALE
+    logit_scale = q_scale * scale_log2
     q_even, q_odd = tl.split(tl.reshape(q / q_scale[:, None], [M, HEAD_PAD // 2, 2]))
-    wide_query = WideQuery(q_even, q_odd, q_scale * scale_log2)
+    wide_query = WideQuery(q_even, q_odd, logit_scale)
     run = kv_head * cache.stride_kv_head
     block_table = contexts.block_table + row * contexts.stride_row
     page_indices = selection.page_indices + row * selection.stride_row + kv_head * selection.stride_head

@@ -138,8 +138,8 @@ def attend_tile(
         residual = cache.key_residual + residual_row[:, None] + word
         residual = _load_residual(residual, mask & has_residual[:, None])
         # The tag's place: the page's last token has 4 bits.
-        without = residual & 0x0F0F | (NO_FRACTION * 0x1010)
-        residual = tl.where((half_row == HALF - 1)[:, None], without, residual)
+        has_tag = (half_row == HALF - 1)[:, None]
+        residual = tl.where(has_tag, residual & 0x0F0F | (NO_FRACTION * 0x1010), residual)
         low_even, high_even, low_odd, high_odd = fine_codes_of(codes, residual, KEY_DOT)
     else:
         low_even, high_even, low_odd, high_odd = codes_of(codes, KEY_DOT, PTX)

@@ -47,12 +47,12 @@ def _dequantize_kernel(cache, blocks, num_tokens, out, shape: tl.constexpr):
     mask = is_read[:, None] & in_head[None, :]
     bytes = tl.load(cache.key_codes + codes + row[:, None] * HEAD_SIZE + channel[None, :], mask=mask, other=0)
     bytes = bytes.to(tl.int32)
-    bounds = cache.bounds + run * units_of(cache.bounds) + page * (2 * HEAD_SIZE)
+    bounds = cache.bounds + (run * units_of(cache.bounds) + page * (2 * HEAD_SIZE))
     known = channel < tl.where(wanted > 0, HEAD_SIZE, 0)
     kmin = tl.load(bounds + channel, mask=known, other=0).to(tl.float32)
     kmax = tl.load(bounds + HEAD_SIZE + channel, mask=known, other=0).to(tl.float32)
     if cache.bound_params is not None:
-        bound_params = cache.bound_params + run * 4 + page * 2
+        bound_params = cache.bound_params + (run * 4 + page * 2)
         offset = tl.load(bound_params, mask=wanted > 0, other=0.0)
         scale = tl.load(bound_params + 1, mask=wanted > 0, other=0.0)
         kmin, kmax = offset + scale * kmin, offset + scale * kmax

@@ -150,9 +150,11 @@ def store_page(key, value, cache, slot_mapping, token, run, residual_rows, shape
     first = tl.minimum(
         tl.min(tl.where(low_new, row, PAGE_SIZE), 0), tl.min(tl.where(high_new, row + HALF, PAGE_SIZE), 0)
     )
+    new = NewTokens(low_source, high_source, low_new[:, None], high_new[:, None])
     key_residual = cache.key_residual + run * 16
     tag = (page % TAGS).to(tl.int32)
     found = tl.load(key_residual + (HALF - 1) * HEAD_SIZE).to(tl.int32) >> 4
+    owned = Residual(end=tl.where(found == tag, first, 0), rows=residual_rows, tag=tag)
     codes_at = run * 16 + page * (HALF * HEAD_SIZE)
     bound_params = cache.bound_params
     if bound_params is not None:
@@ -163,12 +165,10 @@ def store_page(key, value, cache, slot_mapping, token, run, residual_rows, shape
         value_codes=cache.value_codes + codes_at,
         value_params=cache.value_params + run * 4 + page * (PAGE_SIZE * shape.GROUPS),
         value_residual=cache.value_residual + run * 16,
-        bounds=cache.bounds + run * units_of(cache.bounds) + page * (2 * HEAD_SIZE),
+        bounds=cache.bounds + (run * units_of(cache.bounds) + page * (2 * HEAD_SIZE)),
         bound_params=bound_params,
         stride_block=cache.stride_block,
         stride_kv_head=cache.stride_kv_head,
     )
-    new = NewTokens(low_source, high_source, low_new[:, None], high_new[:, None])
-    owned = Residual(end=tl.where(found == tag, first, 0), rows=residual_rows, tag=tag)
     _store_keys(key, parts, new, first, owned, shape)
     _store_values(value, parts, new, first, owned, shape)

@@ -16,7 +16,6 @@ import triton.language as tl
 from vllm_quest.kernels.bounds import PageBounds
 from vllm_quest.kernels.triton.codes import power_of_two
 from vllm_quest.kernels.triton.launch import (
-    bounds_of,
     check_bounds,
     check_group,
     choose,
@@ -250,10 +249,9 @@ def score_pages(
     values, params = summary
     if params is not None:  # two codes at a time
         values = values.view(torch.uint16)
-    words_of = bounds_of(PageBounds(values, params))
     # Strides count 16 bytes where they can: so the compiler knows how the bounds are aligned.
     words = values.shape[3] * values.shape[4]
-    unit = math.gcd(16 // values.itemsize, words_of.stride_block, words_of.stride_kv_head, words)
+    unit = math.gcd(16 // values.itemsize, *values.stride()[:2], words)
     shape = ScoreShape(
         HEAD_SIZE=head_size,
         WIDTH=triton.next_power_of_2(2 * head_size * summary.values.itemsize // values.itemsize),
@@ -263,9 +261,7 @@ def score_pages(
     )
     _score_kernel[(splits, num_kv_heads, rows)](
         PerHead.of(query),
-        words_of._replace(
-            stride_block=words_of.stride_block // unit, stride_kv_head=words_of.stride_kv_head // unit
-        ),
+        Bounds.of(values, params, unit),
         Contexts.of(block_table, num_pages),
         PerHead.of(out),
         Scratch(scratch, arrivals),

@@ -12,7 +12,7 @@ import triton.language as tl
 from vllm_quest.formats.auto import AutoCache
 from vllm_quest.kernels.bounds import PageBounds
 from vllm_quest.kernels.triton.bounds import write_bounds
-from vllm_quest.kernels.triton.launch import bounds_of, check_bounds, check_cache
+from vllm_quest.kernels.triton.launch import check_bounds, check_cache
 from vllm_quest.kernels.triton.structs import Bounds, Cache, PerHead, Shape
 from vllm_quest.kernels.triton.touched import SPREAD_TOKENS, find_new, page_ends
 
@@ -71,10 +71,10 @@ def _store_kernel(
     value = PerHead(value.data + kv_head * value.stride_head, value.stride_row, value.stride_head)
     start = kv_head * cache.stride_kv_head
     cache = Cache(cache.key + start, cache.value + start, cache.stride_block, cache.stride_kv_head)
+    minmax = bounds.minmax + kv_head * bounds.stride_kv_head
     params = bounds.params
     if params is not None:
         params += kv_head * bounds.stride_params_head
-    minmax = bounds.minmax + kv_head * bounds.stride_kv_head
     bounds = Bounds(
         minmax,
         params,
@@ -129,7 +129,7 @@ def store(
         PerHead.of(key),
         PerHead.of(value),
         Cache.of(key_cache, value_cache),
-        bounds_of(summary),
+        Bounds.of(*summary),
         slot_mapping,
         num_tokens,
         shape=shape,
