@@ -8,17 +8,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from vllm_quest.kernels.triton.launch import SPLIT_TOKENS, Choice, check_group, dot_type, split_count
-from vllm_quest.kernels.triton.structs import (
-    Cache,
-    Contexts,
-    Group,
-    Int4Pages,
-    Int4Shape,
-    PerHead,
-    Scratch,
-    Selection,
-    Shape,
-)
+from vllm_quest.kernels.triton.structs import Contexts, Group, PerHead, Scratch, Selection
 from vllm_quest.kernels.triton.workspace import Workspace, attend_scratch, longest_read
 
 __all__ = ["Attention", "attend"]
@@ -31,8 +21,8 @@ class Attention(NamedTuple):
     """How attention reads a cache."""
 
     kernel: JITFunction
-    cache: Cache | Int4Pages
-    shape: Shape | Int4Shape
+    cache: tuple  # pointers and strides
+    shape: Any  # constants; has BLOCK_SIZE
     constants: dict[str, Any]  # what else it is specialized for
     num_kv_heads: int
     choice: Choice

@@ -18,27 +18,17 @@ import triton.language as tl
 
 __all__ = [
     "DOT_ROWS",
-    "Blocks",
     "Bounds",
     "Budget",
     "Cache",
     "Contexts",
     "Group",
-    "Int4Pages",
-    "Int4Shape",
-    "NewTokens",
     "PerHead",
-    "Places",
-    "Residual",
     "ScoreShape",
     "Scratch",
     "Selection",
     "Shape",
-    "Softmax",
-    "Span",
     "Split",
-    "WideQuery",
-    "Words",
 ]
 
 DOT_ROWS = tl.constexpr(16)  # a tensor core takes at least this many query heads
@@ -108,41 +98,6 @@ class Split(NamedTuple):
     active: Number  # of those, the ones that have a share
 
 
-class WideQuery(NamedTuple):
-    """The query of a tile of 4-bit pages, ``[M, HEAD_PAD / 2]`` float32 each."""
-
-    even: Number
-    odd: Number
-    logit_scale: Number  # ``[M]``, of products with them
-
-
-class Softmax(NamedTuple):
-    """The softmax of M rows over the tokens of 4-bit pages read so far, in float32."""
-
-    even: Number  # ``[M, GROUPS_PAD * CHANNELS_PAD / 2]``, weighted sums of V's even channels
-    odd: Number
-    peak: Number  # ``[M]``, like all below
-    norm: Number
-    zeros: Number  # the zero points' share of the sums
-
-
-class Places(NamedTuple):
-    """Where the pages of a tile are, for each byte row, ``[ROWS]``, and each row of the query, ``[M]``."""
-
-    run: Number
-    page: Number  # its number in the run
-    head_run: Number
-    head_page: Number
-
-
-class Span(NamedTuple):
-    """How far a row's list of pages goes."""
-
-    pages: Number
-    tokens: Number  # visible ones of those pages
-    residual_start: Number  # from this page on with residuals
-
-
 class Cache(NamedTuple):
     """K and V in the model's dtype."""
 
@@ -175,47 +130,6 @@ class Bounds(NamedTuple):
         return cls(values, params, block // unit, head // unit, like.stride(0), like.stride(1))
 
 
-class Int4Pages(NamedTuple):
-    """4-bit pages; parts of the same runs, whose strides, in units of 16 bytes, they share."""
-
-    key_codes: Pointer
-    key_residual: Pointer
-    value_codes: Pointer
-    value_params: Pointer  # int32: zero point and scale in one word
-    value_residual: Pointer
-    bounds: Pointer
-    bound_params: Pointer  # or None
-    stride_block: Number
-    stride_kv_head: Number
-
-
-class NewTokens(NamedTuple):
-    """Which tokens of half a page are new, for each byte row; in pairs of the low and the high nibble."""
-
-    low_source: Number  # ``[HALF]``, of the call's tokens
-    high_source: Number
-    low: Number  # ``[HALF, 1]`` bool
-    high: Number
-
-
-class Residual(NamedTuple):
-    """What of a block's residuals belongs to a page."""
-
-    end: Number  # tokens before it have one
-    rows: Number  # byte rows that become the page's, 0 or all
-    tag: Number  # the page's number
-
-
-class Blocks(NamedTuple):
-    """K and V of blocks in the model's dtype, ``[n, H, N, D]`` each, contiguous in D."""
-
-    key: Pointer
-    value: Pointer
-    stride_block: Number
-    stride_head: Number
-    stride_token: Number
-
-
 class Group(NamedTuple):
     """Query heads that share a KV head. A constant."""
 
@@ -243,18 +157,6 @@ class Shape(NamedTuple):
         return cls(head_size, triton.next_power_of_2(head_size), key_cache.stride(2), block_size, page_size)
 
 
-class Int4Shape(NamedTuple):
-    """Of 4-bit pages. A constant."""
-
-    HEAD_SIZE: int
-    HEAD_PAD: int
-    GROUPS: int  # of V's channels
-    GROUPS_PAD: int
-    CHANNELS_PAD: int  # of a group
-    BLOCK_SIZE: int
-    PAGE_SIZE: int
-
-
 class ScoreShape(NamedTuple):
     """Of bounds as they are scored. A constant."""
 
@@ -263,10 +165,3 @@ class ScoreShape(NamedTuple):
     PAGES_PER_BLOCK: int
     SPAN: int  # pages that are looked up together
     UNIT: int  # words that the strides of the values count
-
-
-class Words(NamedTuple):
-    """How attention unpacks words of codes. A constant."""
-
-    KEY_DOT: tl.dtype  # in which K enters the tensor cores
-    PTX: bool  # by instructions of NVIDIA's own

@@ -13,6 +13,7 @@ import torch
 from numba import njit, prange
 
 from vllm_quest.formats.int4 import Int4Cache
+from vllm_quest.formats.int4.cpu.checks import check_int4
 from vllm_quest.formats.int4.cpu.folding import (
     fold_key_residual,
     fold_keys,
@@ -38,7 +39,6 @@ from vllm_quest.kernels.cpu.launch import (
     addresses_of,
     bound_addresses,
     check_bounds,
-    check_int4,
     largest_divisor,
 )
 from vllm_quest.kernels.cpu.memory import (

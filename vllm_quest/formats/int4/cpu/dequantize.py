@@ -10,6 +10,7 @@ import torch
 from numba import njit, prange
 
 from vllm_quest.formats.int4 import Int4Cache, reference
+from vllm_quest.formats.int4.cpu.checks import check_int4
 from vllm_quest.formats.int4.cpu.nibbles import high_nibbles, low_nibbles
 from vllm_quest.kernels.cpu.bounds import read_bounds
 from vllm_quest.kernels.cpu.launch import (
@@ -20,7 +21,6 @@ from vllm_quest.kernels.cpu.launch import (
     bound_addresses,
     check_bounds,
     check_caches,
-    check_int4,
     check_integers,
     new_counter,
     use_torch_threads,

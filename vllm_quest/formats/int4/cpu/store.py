@@ -13,6 +13,7 @@ import torch
 from numba import njit, prange
 
 from vllm_quest.formats.int4 import Int4Cache, reference
+from vllm_quest.formats.int4.cpu.checks import check_int4
 from vllm_quest.formats.int4.cpu.nibbles import TAGS, has_residual, high_nibbles, low_nibbles, packed
 from vllm_quest.kernels.cpu.bounds import (
     clamped,
@@ -28,7 +29,6 @@ from vllm_quest.kernels.cpu.launch import (
     addresses_of,
     bound_addresses,
     check_bounds,
-    check_int4,
     check_integers,
     check_new_tokens,
     chunks_for_balance,

@@ -19,22 +19,14 @@ import triton.language as tl
 
 from vllm_quest.formats.int4 import Int4Cache
 from vllm_quest.formats.int4.triton.attend_tile import attend_tile
+from vllm_quest.formats.int4.triton.structs import Int4Parts, Places, Softmax, Span, WideQuery, Words
 from vllm_quest.kernels.triton.attend import Attention, attend
 from vllm_quest.kernels.triton.codes import LARGEST_FLOAT16, TAGS, group_channels, power_of_two
-from vllm_quest.kernels.triton.launch import Int4Parts, choose, dot_type, takes_ptx
+from vllm_quest.kernels.triton.launch import choose, dot_type, takes_ptx
 from vllm_quest.kernels.triton.lookup import block_of, page_at
 from vllm_quest.kernels.triton.merge import finish_split
 from vllm_quest.kernels.triton.split import split_range
-from vllm_quest.kernels.triton.structs import (
-    DOT_ROWS,
-    PerHead,
-    Places,
-    Softmax,
-    Span,
-    Split,
-    WideQuery,
-    Words,
-)
+from vllm_quest.kernels.triton.structs import DOT_ROWS, PerHead, Split
 from vllm_quest.kernels.triton.words import LOW_UNIT
 from vllm_quest.kernels.triton.workspace import Workspace
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vllm_quest.formats.int4.triton.structs import Softmax
 from vllm_quest.kernels.triton.codes import (
     NO_FRACTION,
     STEP,
@@ -12,7 +13,6 @@ from vllm_quest.kernels.triton.codes import (
     read_values,
     split_words,
 )
-from vllm_quest.kernels.triton.structs import Softmax
 from vllm_quest.kernels.triton.words import (
     HIGH_UNIT,
     LOW_UNIT,

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 
 from vllm_quest.formats.int4 import Int4Cache
+from vllm_quest.formats.int4.triton.structs import Blocks, Int4Parts
 from vllm_quest.kernels.triton.codes import group_channels, limited, read_values, step_of, units_of
-from vllm_quest.kernels.triton.launch import Int4Parts, warps_for
-from vllm_quest.kernels.triton.structs import Blocks
+from vllm_quest.kernels.triton.launch import warps_for
 
 __all__ = ["dequantize_blocks"]
 

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from vllm_quest.formats.int4 import Int4Cache
 from vllm_quest.formats.int4.triton.store_page import store_page
-from vllm_quest.kernels.triton.launch import Int4Parts, warps_for
+from vllm_quest.formats.int4.triton.structs import Int4Parts
+from vllm_quest.kernels.triton.launch import warps_for
 from vllm_quest.kernels.triton.structs import PerHead
 from vllm_quest.kernels.triton.touched import SPREAD_TOKENS, find_new, page_ends
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from vllm_quest.formats.int4 import reference
+from vllm_quest.formats.int4.triton.structs import Int4Pages, NewTokens, Residual
 from vllm_quest.kernels.triton.bounds import round_down, widen_bounds
 from vllm_quest.kernels.triton.codes import (
     NO_FRACTION,
@@ -16,7 +17,6 @@ from vllm_quest.kernels.triton.codes import (
     step_of,
     units_of,
 )
-from vllm_quest.kernels.triton.structs import Int4Pages, NewTokens, Residual
 from vllm_quest.kernels.triton.touched import find_new
 
 __all__ = ["store_page"]
