@@ -127,7 +127,8 @@ class PagedCache:
     def random(self, rows: int, group: int = 1) -> torch.Tensor:
         """``[rows, H * group, D]`` in the cache's dtype: keys, values or queries."""
         shape = (rows, self.cache.shape[1] * group, self.layout.block.head_size)
-        return torch.from_numpy(self.rng.standard_normal(shape)).to(self.layout.block.dtype)
+        random = torch.from_numpy(self.rng.standard_normal(shape))
+        return torch.empty(shape, dtype=self.layout.block.dtype).copy_(random)
 
     def rows(self, requests: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """block_table [R, M] with garbage behind each context, seq_lens [R], num_pages [R]."""

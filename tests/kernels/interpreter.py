@@ -36,7 +36,8 @@ if DEVICE.type == "cpu":
         )  # a launch would, and asserts what the variable says
         importlib.import_module("vllm_quest.kernels.triton")
         for owner in (*FORMATS.values(), *SCORERS.values()):
-            importlib.import_module(owner.kernels["triton"])
+            if "triton" in owner.kernels:
+                importlib.import_module(owner.kernels["triton"])
 
 
 def on_device(*arguments):

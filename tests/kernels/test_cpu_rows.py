@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.kernels.conformance import EVERY_LINE, EXACT, LINES, case_of, new_cache
+from tests.kernels.conformance import EVERY_LINE, EVERY_SMALL, EXACT, case_of, new_cache
 
 
 @EVERY_LINE
@@ -52,11 +52,14 @@ def test_padding_within_a_page() -> None:
     assert bounds[0, :, 0].isnan().all()
 
 
-def test_padding_within_a_4_bit_page() -> None:
-    cache = LINES[9].cache("cpu")
+@EVERY_SMALL
+def test_long_prompts_are_cut_into_blocks(entries) -> None:
+    """Threads take whole blocks: chunks that begin inside a page, padding within a page and behind."""
+    cache = new_cache("cpu", entries | {"num_blocks": 40})
     slots = torch.cat([torch.arange(19, 300), torch.tensor([-1, -1]), torch.arange(300, 1100)])
     cache.store(cache.random(20), cache.random(20), torch.arange(20))
-    cache.store(cache.random(len(slots)), cache.random(len(slots)), slots)
+    padded = torch.nn.functional.pad(slots, (0, 3), value=-1)
+    cache.store(cache.random(len(padded)), cache.random(len(padded)), padded)
 
 
 def test_a_million_tokens_of_equal_scores() -> None:

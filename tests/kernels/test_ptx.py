@@ -1,6 +1,6 @@
 """Compiled kernels, executed instruction by instruction on a CPU, against the reference; see `tests.ptx`.
 
-The interpreter of `test_triton_*.py` runs the source; what the compiler makes of it is executed here.
+The interpreter of the other tests runs the source; what the compiler makes of it is executed here.
 """
 
 from __future__ import annotations
