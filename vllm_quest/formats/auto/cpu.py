@@ -87,7 +87,7 @@ def attend_kernel(
     def kernel(
         threads, counter, query, query_row, query_head, key_cache, key_block, key_head, value_cache,
         value_block, value_head, block_table, table_row, seq_lens, page_indices, index_row, index_head,
-        budget, min_context, partial, out, rows, kv_heads, chunks, scale_log2, farthest,
+        budget, sparse_context, partial, out, rows, kv_heads, chunks, scale_log2, farthest,
     ):  # fmt: skip
         build  # noqa: B018
         for _ in prange(threads):
@@ -106,7 +106,7 @@ def attend_kernel(
                 keys = advance(pointer(key_cache, dtype), head * key_head)
                 values = advance(pointer(value_cache, dtype), head * value_head)
                 indices = advance(pointer(page_indices, "int32"), row * index_row + head * index_head)
-                every = page_indices == 0 or seq_len < min_context
+                every = page_indices == 0 or seq_len < sparse_context
                 source = advance(pointer(query, query_dtype), row * query_row + head * group * query_head)
                 begin(source, query_head, group, head_size, np.float32(scale_log2), q, weighted, tops, sums)
                 pages = pages_to_read(seq_len, page_size, budget, every)

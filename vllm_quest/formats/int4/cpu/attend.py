@@ -113,7 +113,7 @@ def attend_int4_kernel(
         key_residual_block, key_residual_head, value_codes, value_block, value_head, value_params,
         value_params_block, value_params_head, value_residual, value_residual_block, value_residual_head,
         bounds, bounds_block, bounds_head, params, params_block, params_head, block_table, table_row,
-        seq_lens, page_indices, index_row, index_head, budget, min_context, partial, out, rows, kv_heads,
+        seq_lens, page_indices, index_row, index_head, budget, sparse_context, partial, out, rows, kv_heads,
         chunks, scale_log2, farthest,
     ):  # fmt: skip
         build  # noqa: B018
@@ -143,7 +143,7 @@ def attend_int4_kernel(
                 limits = advance(pointer(bounds, bounds_dtype), head * bounds_head)
                 pairs = advance(pointer(params, "float32"), head * params_head)
                 indices = advance(pointer(page_indices, "int32"), row * index_row + head * index_head)
-                every = page_indices == 0 or seq_len < min_context
+                every = page_indices == 0 or seq_len < sparse_context
                 source = advance(pointer(query, query_dtype), row * query_row + head * group * query_head)
                 begin(source, query_head, group, head_size, np.float32(scale_log2), q, weighted, tops, sums)
                 pages = pages_to_read(seq_len, page_size, budget, every)
