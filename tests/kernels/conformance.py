@@ -1,6 +1,6 @@
 """What every device must do of every format and scorer, and on what: the lines that join a new one.
 
-A device is a line of `DEVICES`; a format or a scorer is a line of `COMBINATIONS` and one or two of `LINES`.
+A device is a line of `HISTORIES`; a format or a scorer is a line of `COMBINATIONS` and one or two of `LINES`.
 What a device, a format or a scorer has of its own is tested in a file of its own.
 """
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.kernels import interpreter
 from tests.kernels.cache import PagedCache
 from tests.kernels.device import where
+from vllm_quest.config import QuestConfig
 
 # Each is compared with the reference, and the reference with `tests.oracle`: how many random histories of a
 # cache each gets. The interpreter is slow.
@@ -82,6 +83,10 @@ class Line(NamedTuple):
 
     def __str__(self) -> str:
         return "-".join([name_of(self.entries), str(self.dtype).removeprefix("torch."), *map(str, self[2:])])
+
+    @property
+    def is_dense(self) -> bool:
+        return QuestConfig(page_size=self.page_size, **self.entries).format.is_dense
 
     def cache(self, device: str, num_blocks: int = 64) -> PagedCache:
         return PagedCache(
