@@ -35,7 +35,12 @@ class MeanKeyScorer:
     def parts(self, block: Block, kv_format: Any) -> dict[str, Part]:
         return {"mean_key": Part((block.pages, block.head_size), torch.float32)}
 
-    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block) -> MeanKeys:
+    def parameters(self, layer_name: str, num_kv_heads: int, device: torch.device) -> Any:
+        return None
+
+    def summary(
+        self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block, parameters: Any
+    ) -> MeanKeys:
         return MeanKeys(parts["mean_key"], block.page_size)
 
     def page_bytes(self, block: Block, kv_format: Any) -> int:

@@ -136,12 +136,13 @@ class PageLayout:
             )
         return own | beside
 
-    def views(self, kv_cache: torch.Tensor) -> Pages:
+    def views(self, kv_cache: torch.Tensor, parameters: Any = None) -> Pages:
         """Cuts a layer's cache.
 
         Args:
             kv_cache: ``[B, H, N, C]`` of `cache_dtype`, each ``[N, C]`` run contiguous; C is at least
                 `content_size`, and more where vLLM has made blocks larger since it asked.
+            parameters: Of the layer, as its scorer has loaded them.
 
         Raises:
             ValueError: The cache does not have this layout.
@@ -162,7 +163,7 @@ class PageLayout:
         cache = self.format.cache(parts, self.block)
         return Pages(
             cache,
-            self.scorer.summary(parts, cache, self.block),
+            self.scorer.summary(parts, cache, self.block, parameters),
             parts["kv"] if self.format.is_dense else None,
         )
 

@@ -53,7 +53,7 @@ def test_the_scorer_keeps_every_key_and_none_behind_the_last() -> None:
     }
     key = torch.randn(13, HEADS, 16)
     cache = AutoCache(*(torch.zeros(3, HEADS, 32, 16) for _ in range(2)))
-    summary = MassScorer(config).summary(parts, cache, block)
+    summary = MassScorer(config).summary(parts, cache, block, None)
     slots = torch.tensor([*range(64, 75), -1, 75])
     for part in (slice(0, 5), slice(5, 13)):
         new = slots[part]

@@ -10,8 +10,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from vllm_quest.batch import source
-from vllm_quest.batch.source import RowSource, chunks
+from vllm_quest.batch.source import READ_BYTES, RowSource, chunks
 
 
 def rows(path: Path, chunk_rows: int) -> list[dict]:
@@ -25,16 +24,25 @@ def rows(path: Path, chunk_rows: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100])
-@pytest.mark.parametrize("read_bytes", [1, 5, 1 << 24])
 @pytest.mark.parametrize("end", [b"", b"\n", b"\n\n  \n"])
-def test_lines_keep_their_numbers(tmp_path, monkeypatch, chunk_rows, read_bytes, end) -> None:
-    monkeypatch.setattr(source, "READ_BYTES", read_bytes)
+def test_lines_keep_their_numbers(tmp_path, chunk_rows, end) -> None:
     lines = [b"a", b"", b"bb\r", b"  ", b'{"c": "\xc3\xa4"}', b"d", b"", b"e"]
-    path = tmp_path / "in.jsonl"
+    assert_numbered(tmp_path / "in.jsonl", lines, end, chunk_rows)
+
+
+@pytest.mark.parametrize("beyond", range(-3, 4))
+def test_a_line_may_end_anywhere_in_what_is_read_at_once(tmp_path, beyond) -> None:
+    """Files are read in pieces; a piece ends before, in or behind a newline."""
+    lines = [b"a", b"x" * (READ_BYTES - 3 + beyond), b"", b"bb", b"y" * READ_BYTES, b"c"]
+    assert_numbered(tmp_path / "in.jsonl", lines, b"\n", 2)
+
+
+def assert_numbered(path: Path, lines: list[bytes], end: bytes, chunk_rows: int) -> None:
     path.write_bytes(b"\n".join(lines) + end)
     found = rows(path, chunk_rows)
     wanted = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    assert [(row["place"], row["line"]) for row in found] == [(f"in.jsonl:{n}", line) for n, line in wanted]
+    assert [row["place"] for row in found] == [f"in.jsonl:{number}" for number, _ in wanted]
+    assert all(row["line"] == line for row, (_, line) in zip(found, wanted, strict=True))
     assert [row["row"] for row in found] == list(range(len(wanted)))
 
 

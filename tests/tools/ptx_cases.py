@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from unittest import mock
-
 import torch
 
 from tests.kernels.cache import PagedCache
@@ -38,8 +35,8 @@ def rows_of(cache: PagedCache, group: int) -> tuple[torch.Tensor, ...]:
     return cache.random(len(LENGTHS), group), *cache.rows(requests)
 
 
-def store(formats: dict, spread: int = 512) -> list[Pair]:
-    """The bytes that each of three steps writes; 4-bit pages by programs of one token, up to `spread`."""
+def store(formats: dict, padding: int = 1) -> list[Pair]:
+    """The bytes that each of three steps writes, with padding tokens."""
     cache, found = new_cache(formats), []
 
     def store(key, value, slots) -> None:
@@ -53,11 +50,10 @@ def store(formats: dict, spread: int = 512) -> list[Pair]:
         found.append((actual[written], expected[written]))
 
     first, second = cache.new_request(), cache.new_request()
-    with mock.patch.object(import_module("vllm_quest.formats.int4.triton.store"), "SPREAD_TOKENS", spread):
-        cache.append({first: 21, second: 5}, padding=1, store=store)
-        cache.append({first: 1, second: 14}, store=store)  # the pages go on, one of them into the next
-        cache.reject(second, 3)
-        cache.append({second: 2, first: 1}, store=store)
+    cache.append({first: 21, second: 5}, padding=padding, store=store)
+    cache.append({first: 1, second: 14}, padding=padding, store=store)  # pages continue, one into the next
+    cache.reject(second, 3)
+    cache.append({second: 2, first: 1}, padding=padding, store=store)
     return found
 
 

@@ -72,6 +72,10 @@ class QuestMetadataBuilder(AttentionMetadataBuilder):
         self.max_rows = max(vllm_config.scheduler_config.max_num_seqs * self.max_query_len, graph_rows)
         max_blocks = kv_cache_spec.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)
         self.max_blocks = max_blocks + MAX_BLOCK_PADDING  # vLLM rounds the width of the block table up
+        self._parameters = {
+            name: self.layout.scorer.parameters(name, kv_cache_spec.num_kv_heads, device)
+            for name in self.layers
+        }
         self.counters = CounterFile()
         self.configure(config).log(config, self.layout, kv_cache_spec.num_kv_heads, self.operations)
 
@@ -93,11 +97,13 @@ class QuestMetadataBuilder(AttentionMetadataBuilder):
                 max_pages=self.max_blocks * self.layout.block.pages,
                 reads_everything=bool(self.plan.dense) and not self.layout.format.is_dense,
                 device=self.device,
+                parameters=next(iter(self._parameters.values())),
             ),
         )
         group = KVGroup(self.layout, self.operations, self.prefill)
         for name, layer in self.layers.items():
-            layer.impl.start(group, is_dense=name in self.plan.dense)
+            is_dense = name in self.plan.dense
+            layer.impl.start(group, is_dense=is_dense, parameters=self._parameters[name])
         return self.plan
 
     def build(

@@ -102,9 +102,12 @@ class QuestImpl(AttentionImpl):
     fused_qk_norm_rope_kvcache_supported = _fuses_nothing
     fused_qk_norm_mrope_kvcache_supported = _fuses_nothing
 
-    def start(self, group: KVGroup, *, is_dense: bool) -> None:
-        """Called by the builder, which decides what the layer shares, and whether it is dense."""
-        self._group, self._is_dense = group, is_dense
+    def start(self, group: KVGroup, *, is_dense: bool, parameters: Any) -> None:
+        """Called by the builder, which decides what the layer shares, and whether it is dense.
+
+        `parameters` are the scorer's, of this layer.
+        """
+        self._group, self._is_dense, self._parameters = group, is_dense, parameters
 
     def do_kv_cache_update(
         self,
@@ -181,5 +184,5 @@ class QuestImpl(AttentionImpl):
     def pages(self, kv_cache: torch.Tensor) -> Pages:
         """The views into this layer's cache, which vLLM binds once."""
         if self._views is None or self._views[0] != kv_cache.data_ptr():
-            self._views = (kv_cache.data_ptr(), self._group.layout.views(kv_cache))
+            self._views = (kv_cache.data_ptr(), self._group.layout.views(kv_cache, self._parameters))
         return self._views[1]

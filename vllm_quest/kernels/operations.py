@@ -53,6 +53,7 @@ class Shapes:
         max_pages: Pages of the block table's width.
         reads_everything: Some layers read every page of every row, by our kernels.
         device: Where the tensors are.
+        parameters: Of one layer, whichever, as its scorer has loaded them: for warming up.
     """
 
     num_heads: int
@@ -61,6 +62,7 @@ class Shapes:
     max_pages: int
     reads_everything: bool
     device: torch.device
+    parameters: Any = None
 
 
 class Operations:

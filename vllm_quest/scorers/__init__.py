@@ -42,8 +42,14 @@ class PageScorer(Protocol):
     def parts(self, block: Block, kv_format: KVFormat) -> dict[str, Part]:
         """What it keeps in a (block, KV head) run: per page, or per token. Nothing where it borrows."""
 
-    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block) -> Any:
-        """Views of a layer's parts, ``[B, H, *shape]`` each, or of what the format's `cache` lends."""
+    def parameters(self, layer_name: str, num_kv_heads: int, device: torch.device) -> Any:
+        """What scoring needs to know of a layer on this rank; asked once. None where that is nothing."""
+
+    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block, parameters: Any) -> Any:
+        """What the kernels take: a layer's parts, ``[B, H, *shape]`` each, or what the `cache` lends.
+
+        `parameters` are those of the layer.
+        """
 
     def page_bytes(self, block: Block, kv_format: KVFormat) -> int:
         """Bytes that scoring reads per (page, KV head)."""

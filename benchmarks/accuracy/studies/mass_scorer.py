@@ -68,8 +68,8 @@ class MassScorer(MinMaxScorer):
         keys = Part((block.block_size, block.head_size), torch.float32)
         return super().parts(block, kv_format) | {"keys_again": keys}
 
-    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block) -> Any:
-        return Summary(super().summary(parts, cache, block), parts["keys_again"])
+    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block, parameters: Any) -> Any:
+        return Summary(super().summary(parts, cache, block, parameters), parts["keys_again"])
 
 
 class MassKernels:

@@ -37,7 +37,8 @@ def prepare(
         )
     block, heads = layout.block, shapes.num_kv_heads
     pages = layout.views(
-        torch.zeros(1, heads, block.block_size, layout.content_size, dtype=layout.cache_dtype)
+        torch.zeros(1, heads, block.block_size, layout.content_size, dtype=layout.cache_dtype),
+        shapes.parameters,
     )
     query = torch.zeros(1, shapes.num_heads, block.head_size, dtype=block.dtype)
     key = torch.zeros(1, heads, block.head_size, dtype=block.dtype)

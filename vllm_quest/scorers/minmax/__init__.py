@@ -32,7 +32,10 @@ class MinMaxScorer:
     def parts(self, block: Block, kv_format: KVFormat) -> dict[str, Part]:
         return {} if kv_format.name in self.borrows else self._bounds.parts(block)
 
-    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block) -> Any:
+    def parameters(self, layer_name: str, num_kv_heads: int, device: torch.device) -> Any:
+        return None
+
+    def summary(self, parts: Mapping[str, torch.Tensor], cache: Any, block: Block, parameters: Any) -> Any:
         """`PageBounds`."""
         return self._bounds.view(parts) if "bounds" in parts else cache.bounds
 
