@@ -10,7 +10,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from vllm_quest.batch.source import READ_BYTES, RowSource, chunks
+from vllm_quest.batch.source import READ_BYTES, RowSource, chunks, locate
 
 
 def rows(path: Path, chunk_rows: int) -> list[dict]:
@@ -96,7 +96,7 @@ def test_what_cannot_be_read(tmp_path) -> None:
 
 def test_a_uri(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"1\n")
-    filesystem, path = source.locate(f"file://{tmp_path}/a.jsonl")
+    filesystem, path = locate(f"file://{tmp_path}/a.jsonl")
     assert isinstance(filesystem, pyarrow.fs.LocalFileSystem)
     assert path == f"{tmp_path}/a.jsonl"
     assert len(list(chunks(f"file://{tmp_path}/a.jsonl", 1))) == 1
