@@ -61,9 +61,9 @@ bench-quick: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS)
 
-# What needs no engine: minutes.
+# What needs neither an engine nor Triton's interpreter.
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not engine" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 -m "not engine and not slow" $(ARGS)
 
 # Every supported version of vLLM has what we rely on; downloads each wheel once.
 contract: install

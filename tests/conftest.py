@@ -19,6 +19,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 CONTRACT_RESULT = "contract with vLLM"  # a test's property: a line of the summary
+# What `make test-fast` leaves out, by parts of a test's id: Triton's interpreter and compiler, clusters,
+# copies of vLLM's tree. Engines have a mark of their own.
+SLOW = (
+    "triton",
+    "test_ptx",
+    "kernels/test_joining",
+    "backend/test_gpu",
+    "backend/test_cpu.py",
+    "batch/test_batch",
+    "batch/test_cluster",
+    "benchmarks/test_kernels",
+    "contract/test_check",
+    "contract/test_ours",
+    "tools/test_compiled",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(part in item.nodeid for part in SLOW):
+            item.add_marker("slow")
 
 
 def pytest_report_header() -> str:
