@@ -1,4 +1,4 @@
-"""Compiled kernels, executed instruction by instruction on a CPU, against the reference; see `tests.ptx`.
+"""Compiled kernels, executed instruction by instruction on a CPU, against the reference; see `tools.ptx`.
 
 The interpreter of the other tests runs the source; what the compiler makes of it is executed here.
 """
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import TOLERANCE
-from tests.ptx.child import run
+from tests.tools.ptx_child import run
 
 # Scores are float32 sums of products of 16-bit numbers, in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}
