@@ -19,12 +19,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 CONTRACT_RESULT = "contract with vLLM"  # a test's property: a line of the summary
-# What `make test-fast` leaves out, by parts of a test's id: Triton's interpreter and compiler, clusters,
-# copies of vLLM's tree. Engines have a mark of their own.
+# What `make test-fast` leaves out, by parts of a test's id: Triton's interpreter and compiler, what numba
+# compiles for many shapes, clusters, copies of vLLM's tree. Engines have a mark of their own.
 SLOW = (
     "triton",
     "test_ptx",
     "kernels/test_joining",
+    "kernels/test_store",
+    "kernels/test_attend",
+    "kernels/test_step",
+    "kernels/test_int4",
+    "kernels/test_dequantize",
     "backend/test_gpu",
     "backend/test_cpu.py",
     "batch/test_batch",
@@ -33,6 +38,7 @@ SLOW = (
     "contract/test_check",
     "contract/test_ours",
     "tools/test_compiled",
+    "test_registration.py::test_a_fresh_process",
 )
 
 
