@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
@@ -119,17 +120,17 @@ class QuestMetadataBuilder(AttentionMetadataBuilder):
         """As `build`, for a step that nobody asked for."""
         return self._build(common_attn_metadata, fast_build=False, is_counted=False)
 
+    @abstractmethod
     def cut(self, batch: CommonAttentionMetadata) -> Cut:
         """Says what decodes, and what of that our kernels attend to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_rows(self, batch: CommonAttentionMetadata, cut: Cut) -> DecodeRows:
         """The rows of our kernels; there is at least one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def host_lens(self, batch: CommonAttentionMetadata) -> torch.Tensor | None:
         """``[requests]`` tokens that each request has; on the host, exact for those in their prompt."""
-        raise NotImplementedError
 
     def _build(self, batch: CommonAttentionMetadata, fast_build: bool, is_counted: bool) -> Step:
         cut = self.cut(batch)
