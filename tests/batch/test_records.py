@@ -56,6 +56,22 @@ def test_completions_and_lengths() -> None:
     assert choice == {"index": 0, "finish_reason": "length", "text": 'say "ä"\n', "logprobs": None}
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"generated_text": None, "generated_tokens": None},
+        {"logprobs": [{}], "generated_tokens": [7]},
+        {"num_input_tokens": None},
+    ],
+)
+def test_an_answer_that_cannot_be_written_is_an_error_of_its_row(broken: dict) -> None:
+    bad, good = map(json.loads, jsonl(block(engine_row(0, **broken), engine_row(1))).splitlines())
+    assert bad["response"] is None
+    assert bad["custom_id"] == "mine"
+    assert bad["error"]["message"].removeprefix("in.jsonl:1: ")
+    assert good["error"] is None
+
+
 def logprob(value: float, rank: int, token: str) -> dict:
     return {"logprob": value, "rank": rank, "decoded_token": token}
 

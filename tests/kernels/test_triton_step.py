@@ -70,3 +70,8 @@ def test_a_workspace_for_many_rows_fits_any_fewer(kernel, tiles) -> None:
     for pairs in range(1, 60):
         total = split_total(kernel, pairs, tiles, DEVICE)
         assert all(p * split_count(kernel, p, tiles, DEVICE) <= total for p in range(1, pairs + 1))
+
+
+@pytest.mark.parametrize("kernel", ["score", "attend"])
+def test_a_step_without_rows_has_a_launch_configuration(kernel: str) -> None:
+    assert split_count(kernel, 0, 4, DEVICE) >= 1

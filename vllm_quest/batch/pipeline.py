@@ -14,7 +14,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from vllm_quest.batch.cluster import address_for_engines
 from vllm_quest.batch.records import INFERENCE_ERROR, RecordSink, record
-from vllm_quest.batch.rows import Request, RowError, parse_row, sampling_params
+from vllm_quest.batch.rows import Request, RowError, parse_row, reason, sampling_params
 from vllm_quest.batch.source import Chunk, RowSource
 from vllm_quest.batch.summary import checkpoint_path
 
@@ -130,19 +130,20 @@ def prepare(row: dict[str, Any], model: str, model_name: str, defaults: dict[str
         "sampling_params": None,
         "max_tokens": 0,
     }
+    tokenizer = _tokenizer(model)  # that it cannot be loaded is no row's fault
+    custom_id = None
     try:
         request = parse_row(row["line"], model_name)
-    except RowError as error:
-        return empty | {"custom_id": error.custom_id, INFERENCE_ERROR: str(error)}
-    try:
+        custom_id = request.custom_id
         # A chat without max_tokens goes on until the context is full, as on vLLM's server.
         unlimited = {"max_tokens": None} if request.messages is not None else {}
         params = sampling_params(unlimited | defaults | request.sampling)
-        tokens = _tokens(_tokenizer(model), request)
-    except RowError as error:
-        return empty | {"custom_id": request.custom_id, INFERENCE_ERROR: str(error)}
+        tokens = _tokens(tokenizer, request)
+    except Exception as error:  # whatever it is, it is one row's, and must not end the batch
+        custom_id = getattr(error, "custom_id", None) or custom_id
+        return empty | {"custom_id": custom_id, INFERENCE_ERROR: reason(error)}
     return {
-        "custom_id": request.custom_id,
+        "custom_id": custom_id,
         "is_chat": request.messages is not None,
         "tokenized_prompt": tokens,
         # A dict would go through Arrow, where an integer becomes a float beside a row that has none.

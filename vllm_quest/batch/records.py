@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from ray.data.block import BlockAccessor
 from ray.data.datasource import BlockBasedFileDatasink
 
+from vllm_quest.batch.rows import reason
+
 # `response` and `error` are JSON, or null. `row` is what Ray's checkpoint goes by.
 SCHEMA = pa.schema(
     [
@@ -32,10 +34,22 @@ def record(row: dict[str, Any], model_name: str) -> dict[str, Any]:
         model_name: What ``model`` says in the response.
     """
     head = {"row": row["row"], "id": row["place"], "custom_id": row["custom_id"]}
-    if problem := row[INFERENCE_ERROR]:
-        error = {"code": "invalid_request_error", "message": f"{row['place']}: {problem}"}
-        tokens = {"prompt_tokens": 0, "completion_tokens": 0}
-        return head | {"response": None, "error": json.dumps(error)} | tokens
+    problem = row[INFERENCE_ERROR]
+    if not problem:
+        try:
+            return head | _answer(row, model_name)
+        except Exception as failure:  # whatever it is, it is one row's, and must not end the batch
+            problem = reason(failure)
+    error = {"code": "invalid_request_error", "message": f"{row['place']}: {problem}"}
+    return head | {
+        "response": None,
+        "error": json.dumps(error),
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+    }
+
+
+def _answer(row: dict[str, Any], model_name: str) -> dict[str, Any]:
     tokens = {
         "prompt_tokens": int(row["num_input_tokens"]),
         "completion_tokens": int(row["num_generated_tokens"]),
@@ -49,7 +63,7 @@ def record(row: dict[str, Any], model_name: str) -> dict[str, Any]:
         "usage": tokens | {"total_tokens": sum(tokens.values())},
     }
     response = {"status_code": 200, "request_id": row["place"], "body": body}
-    return head | {"response": json.dumps(response), "error": None} | tokens
+    return {"response": json.dumps(response), "error": None} | tokens
 
 
 def _choice(row: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,12 @@ class RowError(ValueError):
         self.custom_id = custom_id
 
 
+def reason(error: Exception) -> str:
+    """What a row's error record says of `error`: never empty, always valid Unicode."""
+    words = str(error) if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
+    return words.encode(errors="backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Request:
     """What a row asks for.
@@ -72,6 +78,7 @@ def parse_row(line: bytes, model_name: str) -> Request:
     custom_id = row.get("custom_id")
     if custom_id is not None and not isinstance(custom_id, str):
         raise RowError("custom_id: a string")
+    _check_unicode("custom_id", custom_id)
     try:
         return _request(custom_id, row, model_name)
     except RowError as error:
@@ -80,6 +87,9 @@ def parse_row(line: bytes, model_name: str) -> Request:
 
 def _request(custom_id: str | None, row: dict[str, Any], model_name: str) -> Request:
     body = _body(row)
+    for name, value in body.items():
+        _check_unicode("the name of a field", name)
+        _check_unicode(name, value)
     if body.pop("model", model_name) != model_name:
         raise RowError(f"model: this batch serves {model_name!r} (--served-model-name)")
     for name, allowed in ONLY.items():
@@ -117,6 +127,15 @@ def _object(name: str, text: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f"{name} is an object, not {type(value).__name__}")
     return value
+
+
+def _check_unicode(name: str, value: Any) -> None:
+    """Refuses half a surrogate pair, which JSON can say and UTF-8 cannot, anywhere in `value`."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"\\u{ord(error.object[error.start]):04x}"
+        raise RowError(f"{name}: {surrogate} is half a surrogate pair; allowed: valid Unicode") from None
 
 
 def _loads(text: str | bytes) -> Any:

@@ -147,11 +147,11 @@ def split_count(kernel: str, pairs: int, tiles: int, device: torch.device) -> in
 
     Args:
         kernel: ``score`` or ``attend``.
-        pairs: Rows times KV heads.
+        pairs: Rows times KV heads; 0 where a step has no rows.
         tiles: Least shares of the longest context that the shapes allow.
         device: Where the kernel runs.
     """
-    filling = PROGRAMS_PER_MULTIPROCESSOR[kernel] * multiprocessors(device) // pairs
+    filling = PROGRAMS_PER_MULTIPROCESSOR[kernel] * multiprocessors(device) // max(1, pairs)
     return max(1, min(tiles, _MAX_SPLITS[kernel], max(MIN_SPLITS, filling)))
 
 
